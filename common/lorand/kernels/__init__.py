@@ -1,0 +1,85 @@
+"""The two kernels everything is built of, behind one contract.
+
+`materialise(base, A) -> weights` perturbs, restores, applies a round, rebuilds and joins;
+`project(gradient) -> Zᵀ·gradient` turns a gradient into scalars. `reference` (torch, in chunks) is
+the definition; every backend gives the same bits in `materialise`.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lorand.coefficients import Coefficients, Table
+from lorand.philox import Key
+
+
+class Backend(Protocol):
+    """What a kernel backend offers. Tensors are dense; element i counts row-major."""
+
+    @property
+    def name(self) -> str:
+        """The word a user reads: `reference`, `cpu`."""
+
+    def materialise(
+        self, base: torch.Tensor, table: Table, out: torch.Tensor, *, key: Key, tid: int
+    ) -> None:
+        """Write out[i] = cast(fl32(fl32(base[i]) + D[i]·table[(i mod K) xor r_b])).
+
+        base and out share shape and dtype (float32, bfloat16 or float16) and may be the same
+        tensor; table has shape (K,). D and r are those of tensor number tid under key.
+        """
+
+    def project(
+        self, gradient: torch.Tensor, size: int, *, key: Key, tid: int
+    ) -> NDArray[np.float64]:
+        """Return the bucket sums v[e] = Σ_i [(i mod K) xor r_b = e] D[i]·gradient[i].
+
+        Shape (K,). Zᵀ·gradient is their Walsh–Hadamard transform (`coefficients.fwht_float`).
+        """
+
+    def materialise_independent(
+        self,
+        base: torch.Tensor,
+        keys: Sequence[Key],
+        coefficients: Coefficients,
+        out: torch.Tensor,
+        *,
+        tid: int,
+        exponent: int,
+    ) -> None:
+        """Write out[i] = cast(fl32(fl32(base[i]) + fl32(2^exponent · fl32(Σ_s A_s D_s[i])))).
+
+        One 64-bit key and one integer a direction; the sum is exact in int64.
+        """
+
+    def project_independent(
+        self, gradient: torch.Tensor, keys: Sequence[Key], *, tid: int
+    ) -> NDArray[np.float64]:
+        """Return Σ_i D_s[i]·gradient[i] for each key, shape (len(keys),)."""
+
+
+def backend_for(device: torch.device) -> Backend:
+    """Return the fastest backend of this build for a device."""
+    from lorand.kernels import reference
+
+    if device.type == "cpu":
+        try:
+            from lorand.kernels import cpu
+        except ImportError:  # numba is optional: the reference is slower, never different.
+            return reference.ReferenceBackend()
+        return cpu.CpuBackend()
+    return reference.ReferenceBackend()
+
+
+def check_pair(base: torch.Tensor, out: torch.Tensor) -> None:
+    """Raise ValueError unless out can hold the materialised base."""
+    if base.shape != out.shape or base.dtype != out.dtype or base.device != out.device:
+        raise ValueError(
+            f"base and out must agree: {tuple(base.shape)} {base.dtype} on {base.device} against "
+            f"{tuple(out.shape)} {out.dtype} on {out.device}"
+        )
+    if base.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"weights must be float32, bfloat16 or float16, not {base.dtype}")
