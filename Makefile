@@ -1,5 +1,6 @@
 # The only commands you need. `make demo` and `make test` install what they use into .venv.
 PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
