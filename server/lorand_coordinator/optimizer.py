@@ -1,0 +1,129 @@
+"""Server optimizers on the K numbers: SGD with momentum and Adam, and the codes of ΔA (pure).
+
+A round measures some directions (zeroth-order) or all of them (first-order); only the measured
+coordinates and their moments move (as in torch's SparseAdam), so ΔA has one code a measured
+direction. A step is a vector of quanta; what its codes lose is kept as error feedback
+(Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019), K numbers at the coordinator.
+
+learning_rate is in units of an unscaled weight. With `normalise` (SGD) and with Adam it is the
+root mean square by which a round changes such a weight, whatever K, model and loss are; without,
+w −= learning_rate · gradient estimate.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lorand import codec, schedules
+from lorand.codec import Codes, Floats
+from lorand.coefficients import Coefficients, add, zeros
+from lorand.config import RunConfig
+from lorand.directions import Draws
+from lorand_coordinator.aggregation import Estimate, Report, aggregate
+
+SPREAD_DECAY = 0.9
+ADAM_EPSILON = 1e-12
+"""Only against division by zero: codes are integers, so a moment is zero or far above this."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything the coordinator carries from round to round; a fold over the ledger.
+
+    Arrays have shape (K,): A in quanta, first and second moments, visits a coordinate, error
+    feedback in quanta. `spread` and `spread_weight` are a running mean of squared scalars.
+    """
+
+    coefficients: Coefficients
+    first: Floats
+    second: Floats
+    visits: Floats
+    feedback: Floats
+    spread: float
+    spread_weight: float
+    scale_exponent: int
+    committed: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """ΔA as the ledger holds it: scale · codes at `indices`."""
+
+    indices: Coefficients
+    scale: int
+    codes: Codes
+
+
+def start(config: RunConfig) -> State:
+    """Return the state before the first round."""
+    size = config.directions.pool_size
+    empty = np.zeros(size)
+    scale_exponent = codec.first_scale_exponent(config.codec.up)
+    return State(zeros(size), empty, empty, empty, empty, 0.0, 0.0, scale_exponent, 0)
+
+
+def advance(
+    config: RunConfig,
+    draws: Draws,
+    state: State,
+    round_index: int,
+    reports: dict[int, Report],
+) -> tuple[State, Update]:
+    """Return the state after a round and the update it commits.
+
+    Deterministic: a restarted coordinator repeats it from the stored contributions.
+    """
+    estimate = aggregate(config, draws, round_index, state.scale_exponent, reports)
+    moved, step = _step(config, state, estimate)
+    wanted = step * 2.0**config.directions.quantum_exponent + state.feedback[estimate.indices]
+    scale, codes = codec.quantise_delta(config.codec.down, wanted)
+    change = codec.delta(scale, codes)
+    feedback = state.feedback.copy()
+    feedback[estimate.indices] = wanted - change
+    arrived = np.concatenate([reports[worker].codes for worker in sorted(reports)])
+    after = replace(
+        moved,
+        coefficients=add(state.coefficients, estimate.indices, change),
+        feedback=feedback,
+        scale_exponent=codec.next_scale_exponent(config.codec.up, state.scale_exponent, arrived),
+        committed=state.committed + 1,
+    )
+    return after, Update(estimate.indices, scale, codes)
+
+
+def _step(config: RunConfig, state: State, estimate: Estimate) -> tuple[State, Floats]:
+    """Return the moved moments and the change of A at the estimate's indices, in weight units."""
+    settings = config.optimizer
+    rate = settings.learning_rate * schedules.factor(
+        settings.schedule, state.committed, config.run.rounds
+    )
+    if settings.kind == "adam":
+        return _adam(config, state, estimate, rate)
+    at, values = estimate.indices, estimate.values
+    first = state.first.copy()
+    first[at] = settings.momentum * first[at] + values
+    spread = SPREAD_DECAY * state.spread + (1 - SPREAD_DECAY) * float(np.mean(values**2))
+    weight = SPREAD_DECAY * state.spread_weight + (1 - SPREAD_DECAY)
+    moved = replace(state, first=first, spread=spread, spread_weight=weight)
+    if not settings.normalise:
+        return moved, -rate / estimate.measured * first[at]
+    if spread == 0.0:
+        return moved, np.zeros_like(values)
+    typical = np.sqrt(spread / weight)
+    return moved, -rate / np.sqrt(estimate.measured) * first[at] / typical
+
+
+def _adam(
+    config: RunConfig, state: State, estimate: Estimate, rate: float
+) -> tuple[State, Floats]:
+    """Adam (Kingma and Ba, ICLR 2015, algorithm 1) with a step count a coordinate."""
+    settings = config.optimizer
+    at, values = estimate.indices, estimate.values
+    first, second, visits = state.first.copy(), state.second.copy(), state.visits.copy()
+    first[at] = settings.beta1 * first[at] + (1 - settings.beta1) * values
+    second[at] = settings.beta2 * second[at] + (1 - settings.beta2) * values**2
+    visits[at] += 1
+    mean = first[at] / (1 - settings.beta1 ** visits[at])
+    variance = second[at] / (1 - settings.beta2 ** visits[at])
+    step = -rate / np.sqrt(len(at)) * mean / (np.sqrt(variance) + ADAM_EPSILON)
+    return replace(state, first=first, second=second, visits=visits), step
