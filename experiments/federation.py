@@ -88,9 +88,7 @@ def run(
             break
         reports = {}
         for worker, (part, sampler) in enumerate(zip(tasks, samplers, strict=True)):
-            measured = estimator.measure(
-                part.loss, sampler.batch(), draws.of(round_index, worker)
-            )
+            measured = estimator.measure(part.loss, sampler.batch(), draws.of(round_index, worker))
             codes = codec.encode(config.codec.up, measured.values, state.scale_exponent)
             reports[worker] = Report(codes, len(part))
         state, _ = optimizer.advance(config, draws, state, round_index, reports)

@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 import math
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ HEAD_KEY = (0x4C6F5261, 0x6E644831)
 class PooledClassifier(nn.Module):
     """Encoder → mean over tokens → unit length × feature_scale → linear head (zero at first)."""
 
-    def __init__(self, encoder: nn.Module, width: int, num_labels: int, feature_scale: float) -> None:
+    def __init__(
+        self, encoder: nn.Module, width: int, num_labels: int, feature_scale: float
+    ) -> None:
         """Build the head; the encoder's pooler, if any, is not used."""
         super().__init__()
         self.encoder = encoder

@@ -10,7 +10,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lorand.coefficients import Coefficients
+from lorand.coefficients import MAGNITUDE_LIMIT, Coefficients
 from lorand.errors import ContributionError
 
 Codec = Literal["int8", "sign", "int32"]
@@ -61,8 +61,8 @@ def encode(codec: Codec, values: Floats, scale_exponent: int) -> Codes:
         raise ContributionError("a scalar is not finite and has no code")
     if codec == "sign":
         return np.where(values < 0, -1, 1).astype(np.int64)
-    limit = LARGEST[codec]
-    return np.clip(np.rint(values * 2.0**-scale_exponent), -limit, limit).astype(np.int64)
+    limit = LARGEST[codec] * 2.0**scale_exponent  # exact; clipped first, so nothing overflows
+    return np.rint(np.clip(values, -limit, limit) * 2.0**-scale_exponent).astype(np.int64)
 
 
 def decode(codec: Codec, codes: Codes, scale_exponent: int) -> Floats:
@@ -117,4 +117,6 @@ def delta(scale: int, codes: Codes) -> Coefficients:
     """Return ΔA = scale · codes in int64. Raises ContributionError when it could overflow."""
     if not 0 <= scale < 2**40:
         raise ContributionError(f"a delta's scale lies in 0 … 2^40, not {scale}")
+    if scale * int(np.abs(codes).max(initial=0)) >= MAGNITUDE_LIMIT:
+        raise ContributionError(f"a delta of scale {scale} times its codes overflows")
     return codes * np.int64(scale)

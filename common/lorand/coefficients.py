@@ -32,7 +32,7 @@ def zeros(size: int) -> Coefficients:
 
 def check_size(size: int) -> None:
     """Raise ValueError unless size is a power of two in 2^6 … 2^20."""
-    if size.bit_count() != 1 or not MIN_LOG2_SIZE <= size.bit_length() - 1 <= MAX_LOG2_SIZE:
+    if size not in [1 << log2 for log2 in range(MIN_LOG2_SIZE, MAX_LOG2_SIZE + 1)]:
         raise ValueError(f"the pool size must be a power of two from 64 to 1048576, not {size}")
 
 

@@ -95,7 +95,7 @@ class EstimatorSection(_Section):
 
     kind: Literal["spsa", "backprop"]
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
-    perturbation_scale: Positive = 0.01
+    perturbation_scale: Annotated[float, Field(gt=0, le=1024, allow_inf_nan=False)] = 0.01
     directions_per_round: Count = 8
 
 

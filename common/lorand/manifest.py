@@ -60,7 +60,9 @@ class Manifest:
         try:
             rows = json.loads(text)
             return Manifest(
-                tuple(TensorSpec(str(n), tuple(map(int, sh)), str(d), int(s)) for n, sh, d, s in rows)
+                tuple(
+                    TensorSpec(str(n), tuple(map(int, sh)), str(d), int(s)) for n, sh, d, s in rows
+                )
             )
         except (ValueError, TypeError) as error:
             raise ModelError(f"the parameter manifest cannot be read: {error}") from error
@@ -98,12 +100,14 @@ class Identity:
         try:
             lock = json.loads(text)
             if lock["format"] != LOCK_FORMAT:
-                raise ConfigError(f"run.lock has format {lock['format']!r}, not {LOCK_FORMAT!r}{hint}")
+                raise ConfigError(
+                    f"run.lock has format {lock['format']!r}, not {LOCK_FORMAT!r}{hint}"
+                )
             manifest = Manifest.from_json(json.dumps(lock["manifest"]))
             base = bytes.fromhex(lock["base_digest"])
             tokenizer = bytes.fromhex(lock["tokenizer_digest"])
             written = bytes.fromhex(lock["manifest_digest"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, ModelError) as error:
             raise ConfigError(f"run.lock cannot be read ({error!r}){hint}") from error
         if written != manifest.digest() or len(base) != 32 or len(tokenizer) != 32:
             raise ConfigError(f"run.lock does not match its own digests{hint}")
@@ -141,9 +145,11 @@ def select_trainable(names: list[str], rule: str) -> list[str]:
         try:
             pattern = re.compile(argument)
         except re.error as error:
-            raise ConfigError(f"model.trainable = {rule!r}: not a regular expression: {error}") from error
+            raise ConfigError(
+                f"model.trainable = {rule!r}: not a regular expression: {error}"
+            ) from error
         chosen = [name for name in names if pattern.search(name)]
-    elif kind == "last" and argument.isdigit() and int(argument) > 0:
+    elif kind == "last" and argument.isdecimal() and int(argument) > 0:
         chosen = _last_layers(names, int(argument))
     else:
         raise ConfigError(
@@ -168,7 +174,9 @@ def _last_layers(names: list[str], count: int) -> list[str]:
     stack = max(depths, key=lambda key: depths[key])
     first = depths[stack] - count
     if first < 0:
-        raise ModelError(f"model.trainable = 'last:{count}', but the model has {depths[stack]} layers")
+        raise ModelError(
+            f"model.trainable = 'last:{count}', but the model has {depths[stack]} layers"
+        )
     inside = [i for i, name in enumerate(names) if name.startswith(stack + ".")]
     chosen = []
     for position, name in enumerate(names):

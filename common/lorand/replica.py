@@ -8,10 +8,10 @@ import torch
 from numpy.typing import NDArray
 
 from lorand.coefficients import Coefficients, fwht, fwht_float, table, zeros
-from lorand.directions import Indices, Pool, seed_keys
+from lorand.directions import Pool, seed_keys
 from lorand.errors import ModelError
 from lorand.kernels import Backend, backend_for
-from lorand.manifest import Manifest, TensorSpec
+from lorand.manifest import Manifest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,11 +42,12 @@ class Replica:
         self.coefficients = zeros(pool.size)
         self._places = {spec.name: (tid, spec) for tid, spec in enumerate(manifest.tensors)}
         self._keys = seed_keys(pool) if pool.family == "independent" else []
+        self.restore()  # w(0) differs from w0 where a base weight is −0.0
 
     def set(self, coefficients: Coefficients) -> None:
         """Adopt A and materialise it: one pass over the weights, whatever K is."""
-        self.coefficients = coefficients
         self._materialise(coefficients)
+        self.coefficients = coefficients
 
     def perturb(self, index: int, quanta: int) -> None:
         """Materialise w(A + quanta · e_index); A itself stays. `restore` ends a measurement.

@@ -113,9 +113,7 @@ def _step(config: RunConfig, state: State, estimate: Estimate) -> tuple[State, F
     return moved, -rate / np.sqrt(estimate.measured) * first[at] / typical
 
 
-def _adam(
-    config: RunConfig, state: State, estimate: Estimate, rate: float
-) -> tuple[State, Floats]:
+def _adam(config: RunConfig, state: State, estimate: Estimate, rate: float) -> tuple[State, Floats]:
     """Adam (Kingma and Ba, ICLR 2015, algorithm 1) with a step count a coordinate."""
     settings = config.optimizer
     at, values = estimate.indices, estimate.values

@@ -187,7 +187,13 @@ class CpuBackend(ReferenceBackend):
         if base.numel() == 0:
             return
         target = _array(out)
-        _materialise(_array(base), target, table.view(np.uint32), *_key(tid, key), base.dtype == torch.float32)
+        _materialise(
+            _array(base),
+            target,
+            table.view(np.uint32),
+            *_key(tid, key),
+            base.dtype == torch.float32,
+        )
         _store(target, out)
 
     def project(
@@ -217,6 +223,8 @@ class CpuBackend(ReferenceBackend):
             return
         check_pair(base, out)
         check_magnitude(coefficients)
+        if len(keys) != len(coefficients):
+            raise ValueError(f"{len(keys)} keys, but {len(coefficients)} coefficients")
         target = _array(out)
         factor = np.float32(2.0**exponent)
         wide = base.dtype == torch.float32

@@ -80,9 +80,7 @@ class ReferenceBackend:
         values = torch.from_numpy(np.asarray(table, np.float32)).to(base.device)
         source, target = base.reshape(-1), _flat(out)
         for start, count in _chunks(source.numel()):
-            place = buckets(
-                start, count, key=key, tid=tid, size=values.numel(), device=base.device
-            )
+            place = buckets(start, count, key=key, tid=tid, size=values.numel(), device=base.device)
             move = signs(start, count, key=key, tid=tid, device=base.device) * values[place]
             target[start : start + count] = source[start : start + count].float() + move
         _write_back(target, out)

@@ -1,0 +1,320 @@
+"""lr-worker: take part in a run with private data, evaluate it, and keep what it learned."""
+
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+# A worker's data and model may be offline; no library may phone home unasked.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+from rich.console import Console
+
+from lorand.config import RunConfig, load
+from lorand.errors import ConfigError, LorandError
+from lorand_worker import guard
+from lorand_worker.reporting import ConsoleReporter
+
+EXIT_CODES = """Exit codes: 0 done; 2 wrong run file or flag; 3 data; 4 model; 5 refused by the
+coordinator or by this worker's policy; 6 ledger damaged; 7 coordinator not reached; 1 anything
+else; 130 interrupted."""
+
+app = typer.Typer(
+    help="Take part in a LoRand run with data that stays on this machine.\n\n" + EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Address = Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.")]
+Data = Annotated[Path, typer.Option(help="CSV, TSV or JSONL file with a text and a label column.")]
+Model = Annotated[Path | None, typer.Option(help="Local copy of the run's model.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")]
+GiveUp = Annotated[float, typer.Option(min=1, help="Seconds to look for an absent coordinator.")]
+
+
+@app.command()
+def prepare(
+    run: Annotated[Path, typer.Argument(help="The run file.")],
+    model: Model = None,
+    json_output: Json = False,
+) -> None:
+    """Load the run's model and write run.lock: its digests and trainable tensors."""
+    config = load(run)
+    base = _load_base(config, model, "cpu", ConsoleReporter(quiet=json_output))
+    _warm_up(base)
+    lock = run.with_name("run.lock")
+    lock.write_text(base.identity.to_lock(), encoding="utf-8")
+    manifest = base.identity.manifest
+    result = {
+        "lock": str(lock),
+        "base_digest": base.identity.base_digest.hex(),
+        "tensors": len(manifest.tensors),
+        "weights": manifest.num_weights,
+    }
+    _result(
+        result,
+        f"wrote {lock}: {len(manifest.tensors)} trainable tensors, {manifest.num_weights:,} "
+        f"weights, base {base.identity.base_digest.hex()[:16]}",
+        json_output,
+    )
+
+
+@app.command()
+def join(
+    address: Address,
+    data: Data,
+    name: Annotated[str, typer.Option(help="Unique in the run; default: host and file.")] = "",
+    seed_pool: Annotated[
+        str,
+        typer.Option(
+            metavar="[K]",
+            help="Take part only in a run with a finite seed pool, of size K if one is given.",
+        ),
+    ] = "",
+    model: Model = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+    give_up_s: GiveUp = 600.0,
+    output: Annotated[Path | None, typer.Option(help="Write the adapter here at the end.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Join a run with private data and stay until it is finished.
+
+    The texts never leave this machine. Interrupted or killed, the same command goes on.
+    """
+    from lorand import adapter
+    from lorand_worker import data as data_files
+    from lorand_worker.bench import ModelBench
+    from lorand_worker.link import Link
+    from lorand_worker.session import Session, fetch_run
+
+    _set_threads(threads)
+    report = ConsoleReporter(quiet=json_output)
+    link = Link(address, give_up_s)
+    began = time.monotonic()
+    try:
+        config, theirs = fetch_run(link, report.note)
+        guard.check(config, guard.Policy(seed_pool=guard.parse_seed_pool(seed_pool)))
+        examples = data_files.load(data, config.task)
+        for line in guard.disclosure(config):
+            report.note(line)
+        for label in data_files.missing_labels(examples, config.task):
+            report.note(f"no example here is labelled {label!r}; other workers may have some")
+        base = _load_base(config, model, device, report)
+        if theirs is not None:
+            guard.check_identity(base.identity, theirs)
+        bench = ModelBench(base, config, examples)
+        who = name or f"{socket.gethostname()}-{data.stem}"[:64]
+        session = Session(link, config, base.identity, bench, who, report)
+        participant = session.run()
+        report.close()
+        if output is not None:
+            adapter.save(adapter.of(participant.position), output)
+    finally:
+        report.close()
+        link.close()
+    counts, traffic = participant.counts, link.traffic
+    result = {
+        "worker": participant.worker,
+        "name": who,
+        "rounds": participant.position.committed,
+        "contributions": counts.committed,
+        "skipped": counts.skipped,
+        "rejected": counts.rejected,
+        "seconds": round(time.monotonic() - began, 1),
+        "message_bytes_sent": traffic.sent,
+        "message_bytes_received": traffic.received,
+        "weights_digest": bench.replica.digest().hex(),
+        "head": participant.position.head.hex(),
+    }
+    _result(
+        result,
+        f"finished after {result['rounds']} rounds: {counts.committed} contributions of this "
+        f"worker, {traffic.sent:,} bytes of messages sent, {traffic.received:,} received\n"
+        f"weights {result['weights_digest']}",
+        json_output,
+    )
+
+
+@app.command()
+def evaluate(
+    address: Address,
+    data: Data,
+    name: Annotated[str, typer.Option(help="Name in the ledger; default: host and file.")] = "",
+    follow: Annotated[bool, typer.Option(help="Stay, measure as rounds commit, and post.")] = False,
+    every: Annotated[int, typer.Option(min=1, help="With --follow: every so many rounds.")] = 10,
+    model: Model = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+    give_up_s: GiveUp = 600.0,
+    json_output: Json = False,
+) -> None:
+    """Measure accuracy on held-out data: once, or along the run, posted to the ledger."""
+    from lorand_worker import data as data_files
+    from lorand_worker import session
+    from lorand_worker.bench import ModelBench
+    from lorand_worker.link import Link
+
+    _set_threads(threads)
+    report = ConsoleReporter(quiet=json_output)
+    link = Link(address, give_up_s)
+    try:
+        config, theirs = session.fetch_run(link, report.note)
+        examples = data_files.load(data, config.task)
+        base = _load_base(config, model, device, report)
+        if theirs is not None:
+            guard.check_identity(base.identity, theirs)
+        score = session.evaluate(
+            link,
+            config,
+            base.identity,
+            ModelBench(base, config, examples),
+            name=name or f"{socket.gethostname()}-{data.stem}"[:64],
+            every=every,
+            follow=follow,
+            report=report,
+        )
+    finally:
+        report.close()
+        link.close()
+    if score is not None:
+        _result(
+            {"accuracy": score.accuracy, "loss": score.loss, "examples": score.examples},
+            f"accuracy {score.accuracy:.4f}, loss {score.loss:.4f} on {score.examples} examples",
+            json_output,
+        )
+
+
+Source = Annotated[str, typer.Argument(help="An exported ledger file, or HOST:PORT.")]
+
+
+@app.command()
+def export(
+    source: Source,
+    folder: Annotated[Path, typer.Argument(help="Where to write.")],
+    merged: Annotated[bool, typer.Option(help="Also write full weights (safetensors).")] = False,
+    model: Model = None,
+    json_output: Json = False,
+) -> None:
+    """Write the kilobyte adapter of a run and, with --merged, the whole fine-tuned model."""
+    from lorand import adapter
+    from lorand_worker import merge
+
+    position = _position(source)
+    size = adapter.save(adapter.of(position), folder)
+    result: dict[str, Any] = {
+        "folder": str(folder),
+        "adapter_bytes": size,
+        "rounds": position.committed,
+    }
+    text = (
+        f"wrote {folder / adapter.WEIGHTS_FILE}: {size:,} bytes after {position.committed} rounds"
+    )
+    if merged:
+        base = _load_base(position.config, model, "cpu", ConsoleReporter(quiet=json_output))
+        guard.check_identity(base.identity, position.identity)
+        base.replica.set(position.coefficients)
+        result["merged"] = str(merge.save(base.loaded, position, folder / "merged"))
+        result["weights_digest"] = base.replica.digest().hex()
+        text += f"\nwrote {result['merged']}: the whole model"
+    _result(result, text, json_output)
+
+
+@app.command()
+def replay(
+    source: Source,
+    model: Model = None,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Rebuild the weights from a ledger and the base model, and print their digest."""
+    position = _position(source)
+    base = _load_base(position.config, model, device, ConsoleReporter(quiet=json_output))
+    guard.check_identity(base.identity, position.identity)
+    base.replica.set(position.coefficients)
+    digest = base.replica.digest().hex()
+    _result(
+        {"rounds": position.committed, "head": position.head.hex(), "weights_digest": digest},
+        f"{position.committed} rounds replayed\nweights {digest}",
+        json_output,
+    )
+
+
+def _position(source: str) -> Any:
+    """Return where a ledger ends: a file's, or a running coordinator's."""
+    from lorand import ledger
+    from lorand_worker.link import Link
+
+    path = Path(source)
+    if path.exists() or ":" not in source:
+        return ledger.replay(ledger.read_file(path))
+    link = Link(source, give_up_s=30.0)
+    try:
+        return link.persist(lambda: ledger.replay(link.entries(0)), lambda why: None)
+    finally:
+        link.close()
+
+
+def _load_base(config: RunConfig, model: Path | None, device: str, report: ConsoleReporter) -> Any:
+    from lorand_worker.bench import load_base
+
+    if model is not None and not model.is_dir():
+        raise ConfigError(f"--model {model} is not a folder")
+    report.note(f"loading {model or config.model.name}")
+    return load_base(config, model, device)
+
+
+def _warm_up(base: Any) -> None:
+    """Compile the kernels now, so that workers on this machine find them compiled."""
+    base.replica.set(base.replica.coefficients)
+    first = next(iter(base.replica.live))
+    base.replica.project(first, base.replica.base[first])
+
+
+def _set_threads(threads: int) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+        try:
+            import numba
+        except ImportError:
+            return
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+
+
+def _result(result: dict[str, Any], text: str, json_output: bool) -> None:
+    typer.echo(json.dumps(result) if json_output else text)
+
+
+def with_optional_value(arguments: list[str], option: str, default: str) -> list[str]:
+    """Return the arguments with the default where an option stands without a number.
+
+    >>> with_optional_value(["join", "--seed-pool", "--json"], "--seed-pool", "any")
+    ['join', '--seed-pool', 'any', '--json']
+    """
+    result = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        result.append(argument)
+        if argument == option and not following.isdigit():
+            result.append(default)
+    return result
+
+
+def main() -> None:
+    """Run the command; report errors as one sentence and an exit code."""
+    try:
+        app(args=with_optional_value(sys.argv[1:], "--seed-pool", guard.ANY))
+    except LorandError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,225 @@
+"""The worker's connection: a synchronous gRPC channel, reconnects and bounded waits."""
+
+import hashlib
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+import grpc
+
+from lorand import ledger, transport
+from lorand.config import PROTOCOL_VERSION, RunConfig
+from lorand.errors import ConnectionLost, HandshakeError, LedgerError
+from lorand.ledger import Position
+from lorand.manifest import Identity
+from lorand.v1 import coordination_pb2 as wire
+from lorand.v1 import coordination_pb2_grpc as coordination
+from lorand.v1 import ledger_pb2 as pb
+from lorand.v1 import ledger_pb2_grpc as ledger_service
+
+BACKOFF_FIRST_S: Final = 0.2
+BACKOFF_LARGEST_S: Final = 3.0
+CALL_TIMEOUT_S: Final = 30.0
+READ_TIMEOUT_S: Final = 600.0
+REQUESTS_QUEUED: Final = 64
+FEATURES: Final = ("checkpoint", "evaluation")
+
+_Result = TypeVar("_Result")
+
+
+class Retry(Exception):
+    """The coordinator asked to come back later."""
+
+
+@dataclass
+class Traffic:
+    """Protobuf bytes of this process, both ways."""
+
+    sent: int = 0
+    received: int = 0
+
+
+class Link:
+    """A channel to one coordinator. `give_up_s` bounds how long it is tried to be reached."""
+
+    def __init__(self, address: str, give_up_s: float) -> None:
+        """Open the channel; nothing is sent yet."""
+        self.address = address
+        self.traffic = Traffic()
+        self._give_up_s = give_up_s
+        self._open()
+
+    def _open(self) -> None:
+        self._channel = grpc.insecure_channel(self.address, transport.channel_options())
+        self._coordination = coordination.CoordinationServiceStub(self._channel)
+        self._ledger = ledger_service.LedgerServiceStub(self._channel)
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._channel.close()
+
+    def persist(self, attempt: Callable[[], _Result], on_wait: Callable[[str], None]) -> _Result:
+        """Return the result of `attempt`, repeated with full jitter while the coordinator is away.
+
+        Raises ConnectionLost after give_up_s without success; the time starts anew whenever an
+        attempt got an answer (`Retry`, or an attempt that lasted).
+        """
+        tries, since = 0, time.monotonic()
+        while True:
+            began = time.monotonic()
+            try:
+                return attempt()
+            except Retry as error:
+                why = str(error)
+            except grpc.RpcError as error:
+                why = _explain(error)
+            now = time.monotonic()
+            if now - began > BACKOFF_LARGEST_S:
+                tries, since = 0, now
+            if now - since > self._give_up_s:
+                raise ConnectionLost(
+                    f"the coordinator at {self.address} could not be reached for "
+                    f"{self._give_up_s:.0f} s ({why}); check the address and that "
+                    "`lr-coordinator serve` runs, then give the same command again"
+                )
+            on_wait(why)
+            limit = min(BACKOFF_LARGEST_S, BACKOFF_FIRST_S * 2**tries)
+            time.sleep(random.SystemRandom().uniform(0, limit))
+            tries += 1
+
+    def get_run(self) -> tuple[RunConfig, Identity | None]:
+        """Return the run's config, and the identity unless the first worker's is awaited."""
+        request = wire.GetRunRequest(protocol_version=PROTOCOL_VERSION)
+        answer = self._coordination.GetRun(request, timeout=CALL_TIMEOUT_S)
+        if answer.protocol_version != PROTOCOL_VERSION:
+            raise HandshakeError(
+                f"the coordinator speaks protocol version {answer.protocol_version}, this worker "
+                f"{PROTOCOL_VERSION}; install the same release of lorand on both"
+            )
+        identity = Identity.from_lock(answer.identity) if answer.identity else None
+        return RunConfig.from_json(answer.config), identity
+
+    def catch_up(self, position: Position) -> Position:
+        """Return the newest position: from a checkpoint where that is nearer, then the tail."""
+        position = self._from_checkpoint(position)
+        for body in self.entries(position.next_sequence):
+            position = ledger.apply(position, body)
+        return position
+
+    def _from_checkpoint(self, position: Position) -> Position:
+        size = position.config.directions.pool_size
+        header, data = pb.CheckpointHeader(), bytearray()
+        for part in self._ledger.GetCheckpoint(pb.GetCheckpointRequest(), timeout=READ_TIMEOUT_S):
+            self.traffic.received += part.ByteSize()
+            if part.HasField("header"):
+                header = part.header
+                if header.sequence < position.next_sequence:
+                    return position
+            data += part.chunk
+            if len(data) > 8 * size:
+                raise LedgerError("the coordinator's checkpoint is larger than this run's pool")
+        if not data:
+            return position
+        if hashlib.sha256(data).digest() != header.coefficients_digest:
+            raise LedgerError("the coordinator's checkpoint was damaged on the way; join again")
+        return Position(
+            position.config,
+            position.identity,
+            position.draws,
+            ledger.unpack_coefficients(bytes(data), size),
+            header.sequence + 1,
+            header.head,
+            header.committed,
+        )
+
+    def entries(self, start: int, *, follow: bool = False) -> Iterator[bytes]:
+        """Yield entries from a sequence on; with `follow`, without end."""
+        request = pb.ReadEntriesRequest(from_sequence=start, follow=follow)
+        timeout = None if follow else READ_TIMEOUT_S
+        for page in self._ledger.ReadEntries(request, timeout=timeout):
+            self.traffic.received += page.ByteSize()
+            yield from page.entries
+
+    def post_evaluation(self, evaluation: pb.Evaluation, run_digest: bytes) -> int:
+        """Append an evaluation; return its sequence."""
+        request = pb.PostEvaluationRequest(evaluation=evaluation, run_digest=run_digest)
+        return int(self._ledger.PostEvaluation(request, timeout=CALL_TIMEOUT_S).sequence)
+
+    def participate(self, hello: wire.Hello) -> "Stream":
+        """Open the stream of rounds with a Hello."""
+        return Stream(self._coordination, hello, self.traffic)
+
+
+class Stream:
+    """One open Participate call: iterate over messages, `send` requests, `close` it.
+
+    A thread of its own sends heartbeats, and ends the call when the coordinator has been silent
+    for heartbeat_timeout_s while this worker was listening.
+    """
+
+    def __init__(
+        self, stub: coordination.CoordinationServiceStub, hello: wire.Hello, traffic: Traffic
+    ) -> None:
+        """Start the call."""
+        self._traffic = traffic
+        self._requests: queue.Queue[wire.ParticipateRequest | None] = queue.Queue(REQUESTS_QUEUED)
+        self._done = threading.Event()
+        self._heard = time.monotonic()
+        self._listening = False
+        self.send(wire.ParticipateRequest(hello=hello))
+        self._call = stub.Participate(iter(self._requests.get, None))
+
+    def __iter__(self) -> Iterator[wire.ParticipateResponse]:
+        """Yield the coordinator's messages until it ends the stream."""
+        self._listening = True
+        for message in self._call:
+            self._listening = False
+            self._traffic.received += message.ByteSize()
+            yield message
+            self._heard, self._listening = time.monotonic(), True
+
+    def send(self, request: wire.ParticipateRequest) -> None:
+        """Queue a request."""
+        self._traffic.sent += request.ByteSize()
+        self._requests.put(request, timeout=CALL_TIMEOUT_S)
+
+    def keep_alive(self, interval_s: float, timeout_s: float) -> None:
+        """Send heartbeats from now on."""
+
+        def beat() -> None:
+            while not self._done.wait(interval_s):
+                if self._listening and time.monotonic() - self._heard > timeout_s:
+                    self._call.cancel()
+                    return
+                if self._requests.empty():
+                    self.send(wire.ParticipateRequest(heartbeat=wire.Heartbeat()))
+
+        threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+
+    def close(self) -> None:
+        """End the call; safe to call twice."""
+        self._done.set()
+        self._call.cancel()
+        try:
+            self._requests.put_nowait(None)
+        except queue.Full:
+            # The call is cancelled, so gRPC no longer drains the queue: make room for the end.
+            self._requests.get_nowait()
+            self._requests.put_nowait(None)
+
+
+def _explain(error: grpc.RpcError) -> str:
+    """Return a gRPC failure in a few words; raise it when coming back cannot help."""
+    code = error.code() if isinstance(error, grpc.Call) else None
+    detail = (error.details() if isinstance(error, grpc.Call) else "") or str(error)
+    if code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INVALID_ARGUMENT):
+        raise HandshakeError(
+            f"the server there is no lorand coordinator of this version: {detail}"
+        ) from error
+    if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED):
+        raise HandshakeError(f"the coordinator refused: {detail}") from error
+    return f"{code.name.lower() if code else 'error'}: {detail.splitlines()[0][:160]}"

@@ -1,0 +1,46 @@
+"""Write a fine-tuned model as ordinary weights."""
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import nn
+
+from lorand.errors import ModelError
+from lorand.ledger import Position
+from lorand_worker.model import LoadedModel, OwnClassifier, PooledClassifier
+
+
+def save(loaded: LoadedModel, position: Position, folder: Path) -> Path:
+    """Write weights, config and tokenizer; return the folder.
+
+    A model with its own head opens in transformers as it is. An encoder with a pooled head is
+    written as the encoder (which opens in transformers) beside head.safetensors and head.json.
+    """
+    labels = list(position.config.task.labels)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        loaded.tokenizer.save_pretrained(folder)
+        module = loaded.module
+        if isinstance(module, OwnClassifier):
+            _name_labels(module.model, labels)
+            module.model.save_pretrained(folder, safe_serialization=True)
+        else:
+            assert isinstance(module, PooledClassifier)
+            module.encoder.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+            head = {name: t.detach().contiguous() for name, t in module.head.state_dict().items()}
+            save_file(head, folder / "head.safetensors")
+            note = {
+                "labels": labels,
+                "pooling": "mean over tokens, unit length, times feature_scale",
+                "feature_scale": module.feature_scale,
+            }
+            (folder / "head.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"cannot write the merged model to {folder}: {error}") from error
+    return folder
+
+
+def _name_labels(model: nn.Module, labels: list[str]) -> None:
+    model.config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
+    model.config.label2id = {label: i for i, label in enumerate(labels)}  # type: ignore[union-attr]

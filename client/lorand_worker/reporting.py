@@ -1,0 +1,61 @@
+"""What a worker shows its owner: notes, and a progress bar where there is a terminal."""
+
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+LINE_EVERY_S = 5.0
+
+
+class ConsoleReporter:
+    """Writes to standard error; `quiet` says nothing (standard output is for results)."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        """Draw nothing yet."""
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._last_note = ""
+        self._last_line = 0.0
+
+    def note(self, text: str) -> None:
+        """Say a sentence, once in a row."""
+        if text != self._last_note:
+            self._last_note = text
+            self._console.print(text, markup=False)
+
+    def progress(self, committed: int, total: int, text: str) -> None:
+        """Show how far the run is: a bar on a terminal, else a line now and then."""
+        if not self._console.is_terminal:
+            now = time.monotonic()
+            if now - self._last_line >= LINE_EVERY_S or committed == total:
+                self._last_line = now
+                self._console.print(f"round {committed} of {total}  {text}", markup=False)
+            return
+        if self._bar is None:
+            self._bar = Progress(
+                TextColumn("round"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(text, total=total)
+        assert self._task is not None
+        self._bar.update(self._task, completed=committed, description=text)
+
+    def close(self) -> None:
+        """Leave the last state of the bar on the screen; safe to call twice."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,210 @@
+"""A worker's session: join, catch up, measure, report, reconnect, until the run is finished."""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from lorand import ledger
+from lorand.config import PROTOCOL_VERSION, RunConfig
+from lorand.errors import HandshakeError
+from lorand.ledger import Position
+from lorand.manifest import Identity
+from lorand.v1 import coordination_pb2 as wire
+from lorand.v1 import ledger_pb2 as pb
+from lorand_worker.bench import ModelBench
+from lorand_worker.link import FEATURES, Link, Retry, Stream
+from lorand_worker.participant import Bench, Participant
+from lorand_worker.tasks import Score
+
+
+class Reporter(Protocol):
+    """What a session tells its owner."""
+
+    def note(self, text: str) -> None:
+        """Say a sentence."""
+
+    def progress(self, committed: int, total: int, text: str) -> None:
+        """Show how far the run is."""
+
+
+@dataclass
+class Session:
+    """One worker in one run."""
+
+    link: Link
+    config: RunConfig
+    identity: Identity
+    bench: Bench
+    name: str
+    report: Reporter
+
+    def __post_init__(self) -> None:
+        """Begin before entry 0, with a new session number."""
+        self._session = secrets.randbits(63)
+        self.participant = Participant(ledger.origin(self.config, self.identity), self.bench)
+
+    def run(self) -> Participant:
+        """Take part until the run is finished; return the participant at the end of the ledger.
+
+        Raises HandshakeError when refused for good, ConnectionLost when the coordinator stays away.
+        """
+        while not self.participant.position.finished:
+            self.link.persist(self._once, self._waiting)
+        self.participant.settle()
+        return self.participant
+
+    def _waiting(self, why: str) -> None:
+        self.report.note(f"waiting for the coordinator ({why})")
+
+    def _once(self) -> None:
+        """One connection: catch up by calls, then follow the stream until it ends."""
+        if self._has_ledger():
+            self.participant.catch_up(self.link.catch_up(self.participant.position))
+            self._show()
+            if self.participant.position.finished:
+                return
+        stream = self.link.participate(self._hello())
+        try:
+            for message in stream:
+                self._handle(stream, message)
+                if self.participant.position.finished:
+                    return
+        finally:
+            stream.close()
+        raise Retry("the coordinator ended the stream")
+
+    def _has_ledger(self) -> bool:
+        """Whether the run has begun: its identity may still wait for the first worker."""
+        _, identity = self.link.get_run()
+        return identity is not None
+
+    def _hello(self) -> wire.Hello:
+        position = self.participant.position
+        return wire.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            name=self.name,
+            run_digest=position.run_digest,
+            base_digest=self.identity.base_digest,
+            tokenizer_digest=self.identity.tokenizer_digest,
+            manifest_digest=self.identity.manifest.digest(),
+            manifest=self.identity.manifest.to_json() if position.next_sequence == 0 else "",
+            next_sequence=position.next_sequence,
+            head=position.head if position.next_sequence else b"",
+            features=FEATURES,
+            session=self._session,
+        )
+
+    def _handle(self, stream: Stream, message: wire.ParticipateResponse) -> None:
+        participant = self.participant
+        match message.WhichOneof("message"):
+            case "welcome":
+                welcome = message.welcome
+                participant.worker = welcome.worker
+                stream.keep_alive(welcome.heartbeat_s, welcome.heartbeat_timeout_s)
+                self.report.note(f"joined as worker {welcome.worker}")
+            case "refusal":
+                if message.refusal.retry:
+                    raise Retry(message.refusal.reason)
+                raise HandshakeError(f"the coordinator refused: {message.refusal.reason}")
+            case "entry":
+                entry = participant.on_entry(message.entry)
+                if entry.HasField("abandon"):
+                    reason = entry.abandon.reason
+                    self.report.note(f"round {entry.round_index} was abandoned: {reason}")
+                self._show()
+            case "round_start":
+                request = participant.on_round_start(message.round_start)
+                if request.HasField("skip"):
+                    skip = request.skip
+                    self.report.note(f"sitting out round {skip.round_index}: {skip.reason}")
+                stream.send(request)
+            case "rejection":
+                participant.counts.rejected += 1
+                rejection = message.rejection
+                self.report.note(
+                    f"round {rejection.round_index} went on without this worker: {rejection.reason}"
+                )
+
+    def _show(self) -> None:
+        loss = self.participant.last_loss
+        text = f"loss {loss:.4f}" if loss is not None else ""
+        self.report.progress(self.participant.position.committed, self.config.run.rounds, text)
+
+
+def evaluate(
+    link: Link,
+    config: RunConfig,
+    identity: Identity,
+    bench: ModelBench,
+    *,
+    name: str,
+    every: int,
+    follow: bool,
+    report: Reporter,
+) -> Score | None:
+    """Follow the ledger and post accuracy every so many rounds, at the start and at the end.
+
+    Without `follow` only the newest weights are measured, and nothing is posted. Returns the last
+    score.
+    """
+    if not follow:
+        newest = link.persist(lambda: link.catch_up(ledger.origin(config, identity)), report.note)
+        bench.adopt(newest.coefficients)
+        return bench.score()
+    position = ledger.origin(config, identity)
+    done = link.persist(lambda: _already_posted(link, name), report.note)
+    last: Score | None = None
+
+    due = False
+
+    def settle() -> None:
+        """Measure and post what is due; repeated after a lost connection."""
+        nonlocal due, last
+        if due and position.committed not in done:
+            bench.adopt(position.coefficients)
+            last = bench.score()
+            _post(link, position, name, last)
+            done.add(position.committed)
+            text = f"accuracy {last.accuracy:.3f}, loss {last.loss:.4f}"
+            report.progress(position.committed, config.run.rounds, text)
+        due = False
+
+    def go_on() -> None:
+        nonlocal due, position
+        settle()
+        for body in link.entries(position.next_sequence, follow=True):
+            position = ledger.apply(position, body)
+            kind = ledger.parse(body).WhichOneof("kind")
+            due = kind in ("start", "finish")
+            due = due or (kind == "commit" and position.committed % every == 0)
+            settle()
+            if position.finished:
+                return
+
+    while not position.finished or due:
+        link.persist(go_on, report.note)
+    return last
+
+
+def _already_posted(link: Link, name: str) -> set[int]:
+    """Rounds that this evaluator posted before it was restarted."""
+    evaluations = (ledger.parse(body).evaluation for body in link.entries(0))
+    return {e.committed for e in evaluations if e.evaluator == name}
+
+
+def _post(link: Link, position: Position, name: str, score: Score) -> None:
+    evaluation = pb.Evaluation(
+        sequence=position.next_sequence - 1,
+        committed=position.committed,
+        evaluator=name,
+        accuracy=score.accuracy,
+        loss=score.loss,
+        examples=score.examples,
+    )
+    link.post_evaluation(evaluation, position.run_digest)
+
+
+def fetch_run(link: Link, on_wait: Callable[[str], None]) -> tuple[RunConfig, Identity | None]:
+    """Return the run of a coordinator, waiting for it to come up."""
+    return link.persist(link.get_run, on_wait)

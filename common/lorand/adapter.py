@@ -1,0 +1,93 @@
+"""The kilobyte adapter: coefficients and what they refer to; enough to rebuild all weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from lorand.coefficients import Coefficients
+from lorand.config import RunConfig
+from lorand.errors import ModelError
+from lorand.ledger import Position
+from lorand.manifest import Identity
+
+WEIGHTS_FILE: Final = "adapter.safetensors"
+CONFIG_FILE: Final = "adapter_config.json"
+FORMAT: Final = "lorand/adapter/v1"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A fine-tuned model as K integers on a pool of a base model."""
+
+    config: RunConfig
+    identity: Identity
+    coefficients: Coefficients
+    committed: int
+    head: bytes
+
+
+def of(position: Position) -> Adapter:
+    """Return the adapter of a place in a run."""
+    return Adapter(
+        position.config,
+        position.identity,
+        position.coefficients,
+        position.committed,
+        position.head,
+    )
+
+
+def save(adapter: Adapter, folder: Path) -> int:
+    """Write adapter.safetensors and adapter_config.json; return the bytes of the first.
+
+    Coefficients are 32-bit where they fit (16 KB at K = 4096), else 64-bit.
+    """
+    fits = bool(np.all(np.abs(adapter.coefficients) < 2**31))
+    packed = adapter.coefficients.astype(np.int32 if fits else np.int64)
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "base_model": adapter.config.model.name,
+        "revision": adapter.config.model.revision,
+        "pool_size": adapter.config.directions.pool_size,
+        "labels": list(adapter.config.task.labels),
+        "committed": adapter.committed,
+        "ledger_head": adapter.head.hex(),
+        "run": json.loads(adapter.config.canonical()),
+        "identity": json.loads(adapter.identity.to_lock()),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({"coefficients": packed}, folder / WEIGHTS_FILE, metadata={"format": FORMAT})
+        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"cannot write the adapter to {folder}: {error}") from error
+    return (folder / WEIGHTS_FILE).stat().st_size
+
+
+def load(folder: Path) -> Adapter:
+    """Read an adapter. Raises ModelError when it is missing or damaged."""
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ModelError(f"{folder} has format {content['format']!r}, not {FORMAT!r}")
+        packed = load_file(folder / WEIGHTS_FILE)["coefficients"]
+        config = RunConfig.from_json(json.dumps(content["run"]))
+        identity = Identity.from_lock(json.dumps(content["identity"]))
+        if packed.shape != (config.directions.pool_size,) or packed.dtype.kind != "i":
+            raise ModelError(f"the coefficients in {folder} do not fit their pool")
+        return Adapter(
+            config,
+            identity,
+            packed.astype(np.int64),
+            int(content["committed"]),
+            bytes.fromhex(content["ledger_head"]),
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder} holds no readable adapter ({error!r}); write one with `lr-worker export`"
+        ) from error

@@ -1,0 +1,213 @@
+"""The ledger's logic: entries, hash chain, replay and the portable file; no database.
+
+An entry is serialised once, by the coordinator. Its digest is
+SHA-256("lorand/entry/v1" ‖ digest of the entry before ‖ body), so every reader checks history by
+the bytes it received.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from lorand import codec
+from lorand.coefficients import Coefficients, add, zeros
+from lorand.config import RunConfig
+from lorand.directions import Draws
+from lorand.errors import ContributionError, LedgerError
+from lorand.manifest import Identity, Manifest, run_digest
+from lorand.v1 import ledger_pb2 as pb
+
+GENESIS: Final = bytes(32)
+"""The digest before entry 0."""
+FILE_MAGIC: Final = b"lorand ledger v1\n"
+MAX_ENTRY_BYTES: Final = 32 << 20
+
+
+def entry_digest(previous: bytes, body: bytes) -> bytes:
+    """Return the digest of an entry, 32 bytes."""
+    return hashlib.sha256(b"lorand/entry/v1" + previous + body).digest()
+
+
+def contributions_digest(contributions: Iterable[bytes]) -> bytes:
+    """Return SHA-256 over serialised StoredContributions, each after its length as u32."""
+    total = hashlib.sha256(b"lorand/contributions/v1")
+    for body in contributions:
+        total.update(len(body).to_bytes(4, "little") + body)
+    return total.digest()
+
+
+def coefficients_digest(coefficients: Coefficients) -> bytes:
+    """Return SHA-256 of A as little-endian 64-bit integers."""
+    return hashlib.sha256(pack_coefficients(coefficients)).digest()
+
+
+def pack_coefficients(coefficients: Coefficients) -> bytes:
+    """Return A as little-endian 64-bit integers."""
+    return coefficients.astype("<i8").tobytes()
+
+
+def unpack_coefficients(data: bytes, size: int) -> Coefficients:
+    """Return A. Raises LedgerError when the length is not 8·K."""
+    if len(data) != 8 * size:
+        raise LedgerError(f"{size} coefficients take {8 * size} bytes, not {len(data)}")
+    return np.frombuffer(data, "<i8").astype(np.int64)
+
+
+def parse(body: bytes) -> pb.Entry:
+    """Return the entry of a body. Raises LedgerError when it is none."""
+    try:
+        entry = pb.Entry.FromString(body)
+    except DecodeError as error:
+        raise LedgerError(f"an entry of the ledger cannot be read: {error}") from error
+    if entry.WhichOneof("kind") is None:
+        raise LedgerError(f"entry {entry.sequence} of the ledger is of an unknown kind")
+    return entry
+
+
+def start_entry(config: RunConfig, identity: Identity) -> pb.Entry:
+    """Return entry 0 of a run."""
+    return pb.Entry(
+        start=pb.Start(
+            config=config.canonical(),
+            base_digest=identity.base_digest,
+            tokenizer_digest=identity.tokenizer_digest,
+            manifest=identity.manifest.to_json(),
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Position:
+    """A reader's place in a run: what it has applied, and the coefficients that follow from it."""
+
+    config: RunConfig
+    identity: Identity
+    draws: Draws
+    coefficients: Coefficients
+    next_sequence: int = 0
+    head: bytes = GENESIS
+    committed: int = 0
+    finished: bool = False
+
+    @property
+    def run_digest(self) -> bytes:
+        """The run's identity, 32 bytes."""
+        return self.draws.run_digest
+
+
+def origin(config: RunConfig, identity: Identity) -> Position:
+    """Return the position before entry 0 of the run of this config and identity."""
+    digest = run_digest(config.digest(), identity)
+    return Position(config, identity, config.draws(digest), zeros(config.directions.pool_size))
+
+
+def origin_of(body: bytes) -> Position:
+    """Return the position before entry 0, read from entry 0 itself."""
+    entry = parse(body)
+    if entry.sequence != 0 or not entry.HasField("start"):
+        raise LedgerError("the ledger does not begin with a start entry")
+    start = entry.start
+    identity = Identity(
+        start.base_digest, start.tokenizer_digest, Manifest.from_json(start.manifest)
+    )
+    config = RunConfig.from_json(start.config)
+    if config.canonical() != start.config:
+        raise LedgerError(
+            "the run's config was written by another version of LoRand and reads differently here;"
+            " use the version that started the run"
+        )
+    return origin(config, identity)
+
+
+def apply(position: Position, body: bytes) -> Position:
+    """Return the position after one more entry. Raises LedgerError when it does not follow."""
+    entry = parse(body)
+    if entry.sequence != position.next_sequence:
+        raise LedgerError(
+            f"entry {entry.sequence} came where entry {position.next_sequence} was due"
+        )
+    kind = entry.WhichOneof("kind")
+    if (kind == "start") != (entry.sequence == 0):
+        raise LedgerError("a ledger has one start entry, its first")
+    after = replace(
+        position,
+        next_sequence=position.next_sequence + 1,
+        head=entry_digest(position.head, body),
+    )
+    if kind == "start":
+        if entry != start_entry(position.config, position.identity):
+            raise LedgerError("the start entry is of another run")
+        return after
+    if kind == "commit":
+        indices, change = committed_delta(position, entry)
+        moved = add(position.coefficients, indices, change)
+        return replace(after, coefficients=moved, committed=position.committed + 1)
+    if kind == "finish":
+        return replace(after, finished=True)
+    return after
+
+
+def committed_delta(position: Position, entry: pb.Entry) -> tuple[Coefficients, Coefficients]:
+    """Return (indices, ΔA) of a commit entry. Raises LedgerError when its codes do not fit."""
+    commit = entry.commit
+    workers = tuple(commit.workers)
+    if not workers or list(workers) != sorted(set(workers)):
+        raise LedgerError(f"entry {entry.sequence} does not list its workers in order")
+    indices = position.draws.committed(entry.round_index, workers)
+    try:
+        codes = codec.unpack(position.config.codec.down, commit.codes, len(indices))
+        return indices, codec.delta(commit.scale, codes)
+    except ContributionError as error:
+        raise LedgerError(f"entry {entry.sequence} of the ledger is damaged: {error}") from error
+
+
+def replay(bodies: Iterable[bytes]) -> Position:
+    """Return the position after a whole history, checked link by link."""
+    position = None
+    for body in bodies:
+        position = apply(origin_of(body) if position is None else position, body)
+    if position is None:
+        raise LedgerError("the ledger is empty")
+    return position
+
+
+def check_contributions(entry: pb.Entry, contributions: Sequence[bytes]) -> None:
+    """Raise LedgerError unless these are the contributions that a commit was made of."""
+    if contributions_digest(contributions) != entry.commit.contributions_digest:
+        raise LedgerError(
+            f"the contributions stored with entry {entry.sequence} are not those it was made of"
+        )
+
+
+def write_file(path: Path, bodies: Iterable[bytes]) -> int:
+    """Write a portable ledger file: magic, then each body after its length as u32."""
+    count = 0
+    with path.open("wb") as file:
+        file.write(FILE_MAGIC)
+        for body in bodies:
+            file.write(len(body).to_bytes(4, "little") + body)
+            count += 1
+    return count
+
+
+def read_file(path: Path) -> Iterator[bytes]:
+    """Yield the bodies of a portable ledger file. Raises LedgerError when it is damaged."""
+    try:
+        with path.open("rb") as file:
+            if file.read(len(FILE_MAGIC)) != FILE_MAGIC:
+                raise LedgerError(
+                    f"{path} is not an exported ledger; write one with `lr-coordinator ledger export`"
+                )
+            while prefix := file.read(4):
+                length = int.from_bytes(prefix, "little")
+                body = file.read(min(length, MAX_ENTRY_BYTES))
+                if len(prefix) != 4 or len(body) != length:
+                    raise LedgerError(f"{path} is cut off; export the ledger again")
+                yield body
+    except OSError as error:
+        raise LedgerError(f"cannot read the ledger file {path}: {error}") from error

@@ -1,0 +1,1 @@
+"""The demo: one coordinator and three workers on this machine, each with its own reviews."""

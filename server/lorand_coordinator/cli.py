@@ -1,0 +1,239 @@
+"""lr-coordinator: order the rounds of a run and keep its ledger."""
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import grpc
+import typer
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+from rich.live import Live
+
+from lorand import ledger, transport
+from lorand.config import RunConfig, load
+from lorand.errors import ConfigError, ConnectionLost, LedgerError, LorandError
+from lorand.manifest import Identity
+from lorand.v1 import status_pb2 as status
+from lorand.v1 import status_pb2_grpc as status_service
+from lorand_coordinator import show
+from lorand_coordinator.hub import Hub
+from lorand_coordinator.sequencer import Sequencer
+from lorand_coordinator.service import serve as serve_hub
+from lorand_coordinator.store import SqliteStore
+
+EXIT_CODES = """Exit codes: 0 done; 2 wrong run file or flag; 5 refused; 6 ledger damaged, in use or
+of another run; 7 coordinator not reached; 1 anything else; 130 interrupted."""
+
+app = typer.Typer(
+    help="Order the rounds of a LoRand run and keep its ledger.\n\n" + EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+ledger_app = typer.Typer(help="Read a ledger file.", no_args_is_help=True)
+app.add_typer(ledger_app, name="ledger")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Address = Annotated[str, typer.Argument(help="HOST:PORT of a running coordinator.")]
+LedgerFile = Annotated[Path, typer.Argument(help="A ledger (SQLite), or an exported one.")]
+TIMEOUT_S = 5.0
+
+
+def out(text: str) -> None:
+    """Print to standard output."""
+    typer.echo(text)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("run.toml"),
+    force: Annotated[bool, typer.Option(help="Overwrite an existing file.")] = False,
+) -> None:
+    """Write a commented run file to edit."""
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists; choose another name, or overwrite it with --force")
+    template = resources.files("lorand_coordinator").joinpath("run_template.toml")
+    try:
+        path.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error}") from error
+    out(f"wrote {path}; next: lr-worker prepare {path}, then lr-coordinator serve {path}")
+
+
+@app.command()
+def serve(
+    run: Annotated[Path, typer.Argument(help="The run file.")],
+    address: Annotated[str, typer.Option(help="HOST:PORT; port 0 picks a free one.")] = "",
+    ledger_path: Annotated[Path | None, typer.Option("--ledger", help="The ledger file.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Serve a run until interrupted. Started again, it goes on where the ledger ends."""
+    config = load(run)
+    if address:
+        service = config.service.model_copy(update={"address": address})
+        config = config.model_copy(update={"service": service})
+    lock = run.with_name("run.lock")
+    identity = None
+    if lock.exists():
+        identity = Identity.from_lock(lock.read_text(encoding="utf-8"))
+    elif not config.run.adopt_first_worker:
+        raise ConfigError(
+            f"there is no {lock}; write it with `lr-worker prepare {run}`, "
+            "or set run.adopt_first_worker = true"
+        )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    path = ledger_path or Path(config.service.ledger or run.with_name(f"{config.run.name}.ledger"))
+    store = SqliteStore(path)
+    try:
+        asyncio.run(_serve(config, store, identity, json_output))
+    finally:
+        store.close()
+
+
+async def _serve(
+    config: RunConfig, store: SqliteStore, identity: Identity | None, json_output: bool
+) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    sequencer = Sequencer(config, store, identity)
+
+    def ready(bound: str) -> None:
+        if json_output:
+            out(json.dumps({"event": "listening", "address": bound, "run": config.run.name}))
+        else:
+            out(
+                f"run {config.run.name!r}: {sequencer.engine.committed} of {config.run.rounds} "
+                f"rounds committed, {len(store)} entries; listening on {bound}"
+            )
+        sys.stdout.flush()
+
+    await serve_hub(Hub(sequencer), on_ready=ready, until=stop)
+    logging.getLogger("lorand.coordinator").info("stopped; the ledger is whole")
+
+
+@app.command("status")
+def status_command(
+    address: Address = "127.0.0.1:7700",
+    watch: Annotated[bool, typer.Option(help="Refresh until interrupted.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Show a running coordinator: phase and why, rounds, workers, evaluations."""
+    if watch and not json_output:
+        with Live(console=Console(), refresh_per_second=4) as live:
+            while True:
+                live.update(show.panel(_status(address)))
+                time.sleep(1)
+    while True:
+        answer = _status(address)
+        if json_output:
+            out(json.dumps(show.as_dict(answer)))
+        else:
+            Console().print(show.panel(answer))
+        if not watch:
+            return
+        time.sleep(1)
+
+
+def _status(address: str) -> status.GetStatusResponse:
+    with grpc.insecure_channel(address, transport.channel_options()) as channel:
+        stub = status_service.StatusServiceStub(channel)
+        try:
+            return stub.GetStatus(status.GetStatusRequest(), timeout=TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise _not_reached(address, error) from error
+
+
+def _not_reached(address: str, error: grpc.RpcError) -> ConnectionLost:
+    detail = error.details() if isinstance(error, grpc.Call) else str(error)
+    return ConnectionLost(
+        f"no coordinator answers at {address} ({detail}); check the address and that "
+        "`lr-coordinator serve` runs"
+    )
+
+
+@app.command()
+def health(address: Address = "127.0.0.1:7700", json_output: Json = False) -> None:
+    """Exit 0 when the coordinator serves, 7 when it does not (gRPC health protocol)."""
+    with grpc.insecure_channel(address, transport.channel_options()) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        try:
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+        except grpc.RpcError as error:
+            raise _not_reached(address, error) from error
+    serving = answer.status == health_pb2.HealthCheckResponse.SERVING
+    out(json.dumps({"serving": serving}) if json_output else ("serving" if serving else "draining"))
+    if not serving:
+        raise typer.Exit(ConnectionLost.exit_code)
+
+
+@ledger_app.command()
+def verify(path: LedgerFile, json_output: Json = False) -> None:
+    """Check the hash chain, every delta and every stored contribution; print the head."""
+    position, checked = show.verify(path)
+    result: dict[str, Any] = {
+        "entries": position.next_sequence,
+        "committed": position.committed,
+        "finished": position.finished,
+        "contributions_checked": checked,
+        "head": position.head.hex(),
+        "run": position.run_digest.hex(),
+        "coefficients_digest": ledger.coefficients_digest(position.coefficients).hex(),
+    }
+    if json_output:
+        out(json.dumps(result))
+        return
+    out(
+        f"whole: {result['entries']} entries, {result['committed']} rounds committed, "
+        f"{checked} contributions checked\nhead {result['head']}"
+    )
+
+
+@ledger_app.command("show")
+def show_entries(
+    path: LedgerFile,
+    last: Annotated[int, typer.Option(min=1, help="How many entries.")] = 20,
+    json_output: Json = False,
+) -> None:
+    """Print the last entries, one a line."""
+    for row in show.rows(path, last):
+        out(json.dumps(row) if json_output else show.line(row))
+
+
+@ledger_app.command()
+def export(
+    path: LedgerFile,
+    target: Annotated[Path, typer.Argument(help="Where to write it.")],
+    json_output: Json = False,
+) -> None:
+    """Write a portable ledger file, for `lr-worker replay` and for archives."""
+    count = 0
+    try:
+        count = ledger.write_file(target, show.bodies(path))
+    except OSError as error:
+        raise LedgerError(f"cannot write {target}: {error}") from error
+    size = target.stat().st_size
+    out(
+        json.dumps({"entries": count, "bytes": size, "path": str(target)})
+        if json_output
+        else f"wrote {count} entries, {size:,} bytes, to {target}"
+    )
+
+
+def main() -> None:
+    """Run the command; report errors as one sentence and an exit code."""
+    try:
+        app()
+    except LorandError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)

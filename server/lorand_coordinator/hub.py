@@ -1,0 +1,164 @@
+"""The hub: who is connected, and the only place that talks to the sequencer."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from lorand.config import RunConfig
+from lorand.errors import LorandError
+from lorand.v1 import coordination_pb2 as wire
+from lorand_coordinator.sequencer import Message, Outgoing, Sequencer
+
+TICK_S: Final = 0.1
+
+log = logging.getLogger("lorand.coordinator")
+
+
+class CatchUpFirst(LorandError):
+    """The worker is too far behind for a join; it reads the ledger and comes back."""
+
+
+class NameInUse(LorandError):
+    """Another live worker has the name."""
+
+
+@dataclass(eq=False)
+class Connection:
+    """One worker's open stream. `outbox` is bounded: a reader that falls behind is dropped."""
+
+    worker: int
+    session: int
+    outbox: asyncio.Queue[Message | None]
+    last_seen: float
+    closing: str = ""
+
+
+@dataclass
+class Traffic:
+    """Protobuf bytes exchanged with a worker since this process began."""
+
+    received: int = 0
+    sent: int = 0
+
+
+class Hub:
+    """Connections, and the only place that talks to the sequencer."""
+
+    def __init__(self, sequencer: Sequencer, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` is monotonic seconds; wall clocks are never compared."""
+        self.sequencer = sequencer
+        self.config: RunConfig = sequencer.config
+        self.clock = clock
+        self.connections: dict[int, Connection] = {}
+        self.traffic: dict[int, Traffic] = {}
+        self.grown = asyncio.Event()
+        self.draining = False
+        self._last_reason = ""
+
+    def join(self, hello: wire.Hello) -> Connection:
+        """Admit a worker, queue Welcome and the entries it lacks, and count it as connected.
+
+        All in one step of the loop, so no entry can fall between the tail and the broadcasts.
+        Raises HandshakeError, or StoreUnavailable (the worker may try again).
+        """
+        number, outgoing = self.sequencer.admit(hello)
+        self.deliver(outgoing)
+        missing = len(self.sequencer.store) - hello.next_sequence
+        limit = self.config.service.tail_entries
+        if missing > limit:
+            raise CatchUpFirst(
+                f"{missing} entries are missing, at most {limit} come with a join; "
+                "read the ledger first"
+            )
+        old = self.connections.get(number)
+        if old is not None:
+            if old.session != hello.session:
+                raise NameInUse(
+                    f"a worker named {hello.name!r} is connected; choose another --name, or wait "
+                    f"{self.config.service.heartbeat_timeout_s:.0f} s if it is gone"
+                )
+            self.drop(old, "the worker connected again")
+        service = self.config.service
+        # Room for the tail beside the bound on what may pile up later.
+        outbox: asyncio.Queue[Message | None] = asyncio.Queue(service.outbox_messages + missing + 2)
+        connection = Connection(number, hello.session, outbox, self.clock())
+        self.connections[number] = connection
+        welcome = wire.Welcome(
+            worker=number,
+            heartbeat_s=service.heartbeat_s,
+            heartbeat_timeout_s=service.heartbeat_timeout_s,
+        )
+        outbox.put_nowait(Message(welcome=welcome))
+        for body in self.sequencer.tail(hello.next_sequence):
+            outbox.put_nowait(Message(entry=body))
+        self.deliver(self.sequencer.connect(number, self.clock()))
+        return connection
+
+    def drop(self, connection: Connection, why: str) -> None:
+        """End a connection; safe to call twice."""
+        if connection.closing:
+            return
+        connection.closing = why
+        if self.connections.get(connection.worker) is connection:
+            del self.connections[connection.worker]
+            log.info("worker %d left: %s", connection.worker, why)
+            self.deliver(self.sequencer.disconnect(connection.worker, self.clock()))
+        if connection.outbox.full():
+            connection.outbox.get_nowait()
+        connection.outbox.put_nowait(None)
+
+    def deliver(self, outgoing: list[Outgoing]) -> None:
+        """Queue messages; a full outbox ends its connection (the worker catches up later)."""
+        slow: list[Connection] = []
+        for item in outgoing:
+            connection = self.connections.get(item.worker)
+            if connection is None or connection.closing:
+                continue
+            try:
+                connection.outbox.put_nowait(item.message)
+            except asyncio.QueueFull:
+                slow.append(connection)
+        if outgoing:
+            self.grown.set()
+            self.grown = asyncio.Event()
+        for connection in slow:
+            self.drop(connection, "it does not read its messages")
+        self._log_reason()
+
+    def take(self, connection: Connection, request: wire.ParticipateRequest) -> None:
+        """Handle a message of a connected worker."""
+        connection.last_seen = self.clock()
+        self.count(connection.worker).received += request.ByteSize()
+        if request.HasField("heartbeat"):
+            beat = Message(heartbeat=wire.Heartbeat())
+            self.deliver([Outgoing(connection.worker, beat)])
+            return
+        if request.HasField("skip"):
+            log.info("worker %d sits a round out: %s", connection.worker, request.skip.reason)
+        self.deliver(self.sequencer.receive(connection.worker, request, self.clock()))
+
+    def count(self, worker: int) -> Traffic:
+        """Return the traffic counters of a worker."""
+        return self.traffic.setdefault(worker, Traffic())
+
+    async def tick(self) -> None:
+        """Let time pass for the engine, and give up silent workers, until cancelled."""
+        timeout = self.config.service.heartbeat_timeout_s
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = self.clock()
+            for connection in list(self.connections.values()):
+                if now - connection.last_seen > timeout:
+                    self.drop(connection, f"no heartbeat for {timeout:.0f} s")
+            self.deliver(self.sequencer.tick(now))
+
+    def _log_reason(self) -> None:
+        # The countdown changes every second; the sentence before it is what a log wants.
+        reason = self.sequencer.reason.split(", deadline in")[0]
+        if reason != self._last_reason:
+            self._last_reason = reason
+            engine = self.sequencer.engine
+            log.info("round %d, %s: %s", engine.round_index, engine.phase, reason)

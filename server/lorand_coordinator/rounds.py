@@ -1,0 +1,291 @@
+"""The round engine: `step(settings, state, event, now) -> (state, effects, reason)`, and no more.
+
+A round passes selection → configuration → reporting, and is committed or abandoned (Bonawitz et
+al., "Towards federated learning at scale", MLSys 2019). The engine does no I/O and reads no clock:
+it is told what happened and when, and answers with what is to be done, as data, and with a
+sentence that says why it is where it is.
+
+Obligations of the caller: carry out effects in order; answer `Commit`, `Abandon` and `Finish` with
+`Appended` once the entry is durable (or `AppendFailed`), before any worker sees the outcome; send
+`Tick` a few times a second.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Phase = Literal["selection", "reporting", "committing", "finished"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the engine knows of a run."""
+
+    rounds: int
+    quorum: int
+    start_with: int
+    deadline_s: float
+    commit_retry_s: float
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A worker is connected and has every entry so far."""
+
+    worker: int
+
+
+@dataclass(frozen=True)
+class Left:
+    """A worker's connection ended."""
+
+    worker: int
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A worker's contribution of the right length; `payload` is only compared here."""
+
+    worker: int
+    round_index: int
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A worker sits a round out."""
+
+    worker: int
+    round_index: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time passed."""
+
+
+@dataclass(frozen=True)
+class Appended:
+    """The entry that the last Commit, Abandon or Finish asked for is durable."""
+
+
+@dataclass(frozen=True)
+class AppendFailed:
+    """It is not; nothing was shown to anyone."""
+
+    why: str
+
+
+Event = Joined | Left | Reported | Skipped | Tick | Appended | AppendFailed
+
+
+@dataclass(frozen=True)
+class StartRound:
+    """Ask these workers to measure."""
+
+    round_index: int
+    workers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Aggregate these contributions and append the commit entry."""
+
+    round_index: int
+    contributions: Mapping[int, bytes]
+
+
+@dataclass(frozen=True)
+class Abandon:
+    """Append the entry that gives this round up."""
+
+    round_index: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Reject:
+    """Tell a worker that its message was not taken."""
+
+    worker: int
+    round_index: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Append the entry that ends the run."""
+
+    committed: int
+
+
+Effect = StartRound | Commit | Abandon | Reject | Finish
+Append = Commit | Abandon | Finish
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything the engine knows. `pending` is the append that is under way or failed."""
+
+    phase: Phase = "selection"
+    round_index: int = 1
+    committed: int = 0
+    abandoned: int = 0
+    members: frozenset[int] = frozenset()
+    participants: frozenset[int] = frozenset()
+    contributions: Mapping[int, bytes] = field(default_factory=dict)
+    skipped: frozenset[int] = frozenset()
+    deadline: float = 0.0
+    pending: Append | None = None
+    retry_at: float | None = None
+    trouble: str = ""
+
+
+Outcome = tuple[State, tuple[Effect, ...], str]
+
+
+def step(settings: Settings, state: State, event: Event, now: float) -> Outcome:
+    """Return the next state, what to do, and why the round is where it is."""
+    state, effects = _take(settings, state, event, now)
+    state, more = _advance(settings, state, now)
+    return state, effects + more, reason(settings, state, now)
+
+
+def _take(
+    settings: Settings, state: State, event: Event, now: float
+) -> tuple[State, tuple[Effect, ...]]:
+    """Note what happened, without deciding about the round."""
+    match event:
+        case Joined(worker):
+            state = replace(state, members=state.members | {worker})
+            waited_for = state.participants - state.skipped - state.contributions.keys()
+            if state.phase == "reporting" and worker in waited_for:
+                return state, (StartRound(state.round_index, (worker,)),)
+        case Left(worker):
+            state = replace(state, members=state.members - {worker})
+        case Reported():
+            return _report(state, event)
+        case Skipped(worker, round_index):
+            if state.phase == "reporting" and round_index == state.round_index:
+                state = replace(state, skipped=state.skipped | {worker})
+        case Appended():
+            return _appended(state), ()
+        case AppendFailed(why):
+            assert state.pending is not None, "an append failed that nobody asked for"
+            state = replace(state, retry_at=now + settings.commit_retry_s, trouble=why)
+        case Tick():
+            pass
+    return state, ()
+
+
+def _report(state: State, event: Reported) -> tuple[State, tuple[Effect, ...]]:
+    worker, round_index = event.worker, event.round_index
+    why = ""
+    if round_index != state.round_index or state.phase != "reporting":
+        if state.contributions.get(worker) == event.payload and round_index == state.round_index:
+            return state, ()  # a duplicate of what is being committed
+        why = f"round {round_index} takes no contributions: {_present(state)}"
+    elif worker not in state.participants:
+        why = f"worker {worker} is not a participant of round {round_index}"
+    elif worker in state.contributions:
+        if state.contributions[worker] == event.payload:
+            return state, ()  # delivered twice
+        why = f"worker {worker} already reported other scalars for round {round_index}"
+    if why:
+        return state, (Reject(worker, round_index, why),)
+    return replace(state, contributions={**state.contributions, worker: event.payload}), ()
+
+
+def _present(state: State) -> str:
+    if state.phase == "finished":
+        return "the run is finished"
+    if state.phase == "reporting":
+        return f"round {state.round_index} is under way"
+    return f"round {state.round_index} is in {state.phase}"
+
+
+def _appended(state: State) -> State:
+    done = state.pending
+    assert done is not None, "an append succeeded that nobody asked for"
+    state = replace(state, pending=None, retry_at=None, trouble="")
+    if isinstance(done, Finish):
+        return replace(state, phase="finished")
+    return replace(
+        state,
+        phase="selection",
+        round_index=state.round_index + 1,
+        committed=state.committed + isinstance(done, Commit),
+        abandoned=state.abandoned + isinstance(done, Abandon),
+        participants=frozenset(),
+        contributions={},
+        skipped=frozenset(),
+    )
+
+
+def _advance(settings: Settings, state: State, now: float) -> tuple[State, tuple[Effect, ...]]:
+    """Decide whether the phase ends now."""
+    if state.phase == "committing":
+        if state.retry_at is not None and now >= state.retry_at:
+            assert state.pending is not None
+            return replace(state, retry_at=None), (state.pending,)
+        return state, ()
+    if state.phase == "selection":
+        if state.committed >= settings.rounds:
+            return _append(state, Finish(state.committed))
+        if len(state.members) >= _needed(settings, state):
+            state = replace(
+                state,
+                phase="reporting",
+                participants=state.members,
+                deadline=now + settings.deadline_s,
+            )
+            return state, (StartRound(state.round_index, tuple(sorted(state.members))),)
+    if state.phase == "reporting":
+        return _judge(settings, state, now)
+    return state, ()
+
+
+def _judge(settings: Settings, state: State, now: float) -> tuple[State, tuple[Effect, ...]]:
+    """Commit when everyone answered or the deadline passed with a quorum; else wait or abandon."""
+    reported = len(state.contributions)
+    awaited = state.participants - state.skipped - state.contributions.keys()
+    late = now >= state.deadline
+    if reported >= settings.quorum and (late or not awaited):
+        return _append(state, Commit(state.round_index, state.contributions))
+    if late or reported + len(awaited) < settings.quorum:
+        why = (
+            f"{reported} of {len(state.participants)} participants reported, "
+            f"the quorum is {settings.quorum}"
+        )
+        if state.skipped:
+            why += f"; {len(state.skipped)} sat the round out"
+        return _append(state, Abandon(state.round_index, why))
+    return state, ()
+
+
+def _append(state: State, entry: Append) -> tuple[State, tuple[Effect, ...]]:
+    return replace(state, phase="committing", pending=entry), (entry,)
+
+
+def _needed(settings: Settings, state: State) -> int:
+    return max(settings.quorum, settings.start_with if state.committed == 0 else 0)
+
+
+def reason(settings: Settings, state: State, now: float) -> str:
+    """Return a sentence that says why the engine is where it is."""
+    if state.phase == "finished":
+        return f"finished: {state.committed} rounds are committed"
+    if state.phase == "committing":
+        if state.trouble:
+            wait = max(0.0, (state.retry_at or now) - now)
+            return f"the ledger cannot be written ({state.trouble}); trying again in {wait:.0f} s"
+        return f"committing round {state.round_index}"
+    if state.phase == "selection":
+        missing = _needed(settings, state) - len(state.members)
+        return f"waiting for {missing} more worker{'s' * (missing != 1)} to join"
+    awaited = state.participants - state.skipped - state.contributions.keys()
+    return (
+        f"waiting for {len(awaited)} of {len(state.participants)} participants, "
+        f"deadline in {max(0.0, state.deadline - now):.0f} s"
+    )

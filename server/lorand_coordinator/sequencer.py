@@ -1,0 +1,450 @@
+"""The sequencer: carries out the round engine's effects on the store, and says what to send.
+
+No network and no clock: the gRPC service and the simulator drive the same object. Single-threaded;
+every call returns the messages to deliver, in order. An entry is appended (durable) before it is
+in a returned message.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from lorand import codec, ledger
+from lorand.codec import SCALE_EXPONENTS
+from lorand.config import PROTOCOL_VERSION, RunConfig
+from lorand.directions import Draws
+from lorand.errors import ContributionError, HandshakeError, LedgerError
+from lorand.ledger import Position
+from lorand.manifest import Identity, Manifest
+from lorand.v1 import coordination_pb2 as wire
+from lorand.v1 import ledger_pb2 as pb
+from lorand_coordinator import aggregation, optimizer, rounds
+from lorand_coordinator.snapshot import pack_state, unpack_state
+from lorand_coordinator.store import Checkpoint, Store, StoreUnavailable
+
+EVALUATIONS_KEPT: Final = 1000
+MAX_REASON: Final = 300
+
+Message = wire.ParticipateResponse
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A message for one worker."""
+
+    worker: int
+    message: Message
+
+
+@dataclass
+class Account:
+    """What is known of a worker, since the run began or since this process did (rejected)."""
+
+    name: str
+    contributions: int = 0
+    rejected: int = 0
+
+
+@dataclass
+class Tally:
+    """Figures for the status page, rebuilt from the ledger after a restart."""
+
+    accounts: dict[int, Account] = field(default_factory=dict)
+    evaluations: list[pb.Evaluation] = field(default_factory=list)
+    loss: float | None = None
+
+
+class Sequencer:
+    """One run: engine, optimizer state, ledger and who is connected."""
+
+    def __init__(self, config: RunConfig, store: Store, identity: Identity | None) -> None:
+        """Open the run in the store, or begin it there when the identity is known.
+
+        Raises LedgerError when the store holds another run.
+        """
+        self.config = config
+        self.store = store
+        self.tally = Tally()
+        self.reason = ""
+        self._waiting_identity = identity
+        self._settings = rounds.Settings(
+            rounds=config.run.rounds,
+            quorum=config.rounds.quorum,
+            start_with=config.rounds.start_with,
+            deadline_s=config.rounds.deadline_s,
+            commit_retry_s=config.service.commit_retry_s,
+        )
+        self.engine = rounds.State()
+        self._position: Position | None = None
+        self._optimizer = optimizer.start(config)
+        if len(store):
+            self._reopen(identity)
+        elif identity is not None:
+            self._begin(identity)
+
+    # -- opening ---------------------------------------------------------------------------------
+
+    def _begin(self, identity: Identity) -> None:
+        """Write entry 0."""
+        origin = ledger.origin(self.config, identity)
+        body, _ = self.store.append(ledger.start_entry(self.config, identity))
+        self._position = ledger.apply(origin, body)
+
+    def _reopen(self, identity: Identity | None) -> None:
+        """Rebuild everything from the ledger: newest checkpoint, then the tail."""
+        first = next(iter(self.store.entries(0, 1)))
+        start = ledger.origin_of(first)
+        if start.config.digest() != self.config.digest():
+            raise LedgerError(
+                f"the ledger is of run {start.config.run.name!r} with another config than "
+                f"{self.config.run.name!r}: use its run file, or another ledger file for a new run"
+            )
+        if identity is not None and identity != start.identity:
+            raise LedgerError(
+                "run.lock names another base model, tokenizer or trainable set than the ledger; "
+                "restore the run.lock of this run, or use another ledger file for a new run"
+            )
+        position = start
+        checkpoint = self.store.newest_checkpoint()
+        if checkpoint is not None:
+            position, self._optimizer = self._from_checkpoint(start, checkpoint)
+        committed_before = position.next_sequence
+        for body in self.store.entries():
+            entry = ledger.parse(body)
+            self._count(entry)
+            if entry.sequence < committed_before:
+                continue
+            if entry.HasField("commit"):
+                self._repeat(position.draws, entry)
+            position = ledger.apply(position, body)
+        if not np.array_equal(position.coefficients, self._optimizer.coefficients):
+            raise LedgerError("the optimizer's coefficients are not those of the ledger")
+        self._position = position
+
+    def _from_checkpoint(
+        self, start: Position, checkpoint: Checkpoint
+    ) -> tuple[Position, optimizer.State]:
+        size = self.config.directions.pool_size
+        coefficients = ledger.unpack_coefficients(checkpoint.coefficients, size)
+        if self.store.digest(checkpoint.sequence) != checkpoint.head:
+            raise LedgerError("a checkpoint does not belong to the ledger it is stored with")
+        state = unpack_state(checkpoint.state, coefficients, checkpoint.committed)
+        position = Position(
+            start.config,
+            start.identity,
+            start.draws,
+            coefficients,
+            checkpoint.sequence + 1,
+            checkpoint.head,
+            checkpoint.committed,
+        )
+        return position, state
+
+    def _repeat(self, draws: Draws, entry: pb.Entry) -> None:
+        """Fold a stored round into the optimizer's state; its ΔA must come out as written."""
+        stored = self.store.contributions(entry.sequence)
+        ledger.check_contributions(entry, stored)
+        reports = self._reports(pb.StoredContribution.FromString(body) for body in stored)
+        after, update = optimizer.advance(
+            self.config, draws, self._optimizer, entry.round_index, reports
+        )
+        packed = self._pack_codes(update)
+        if (update.scale, packed) != (entry.commit.scale, entry.commit.codes):
+            raise LedgerError(
+                f"round {entry.round_index} does not repeat to what the ledger holds; continue this"
+                " run with the LoRand and numpy versions that wrote it"
+            )
+        self._optimizer = after
+
+    def _count(self, entry: pb.Entry) -> None:
+        """Keep the figures and the engine's counters in step with an entry."""
+        kind = entry.WhichOneof("kind")
+        engine = self.engine
+        if kind == "commit":
+            for worker in entry.commit.workers:
+                self.tally.accounts[worker].contributions += 1
+            self.engine = rounds.State(
+                round_index=entry.round_index + 1,
+                committed=engine.committed + 1,
+                abandoned=engine.abandoned,
+            )
+        elif kind == "abandon":
+            self.engine = rounds.State(
+                round_index=entry.round_index + 1,
+                committed=engine.committed,
+                abandoned=engine.abandoned + 1,
+            )
+        elif kind == "finish":
+            self.engine = rounds.State(
+                phase="finished",
+                round_index=engine.round_index,
+                committed=engine.committed,
+                abandoned=engine.abandoned,
+            )
+        elif kind == "member":
+            self.tally.accounts[entry.member.worker] = Account(entry.member.name)
+        elif kind == "evaluation":
+            self._keep_evaluation(entry.evaluation)
+
+    # -- what others ask -------------------------------------------------------------------------
+
+    @property
+    def position(self) -> Position | None:
+        """Where the ledger ends; None until an identity is adopted."""
+        return self._position
+
+    @property
+    def identity(self) -> Identity | None:
+        """What every replica must share; None until an identity is adopted."""
+        return self._position.identity if self._position else self._waiting_identity
+
+    def tail(self, start: int) -> list[bytes]:
+        """Return the entries from a sequence on."""
+        return list(self.store.entries(start))
+
+    # -- joining ---------------------------------------------------------------------------------
+
+    def admit(self, hello: wire.Hello) -> tuple[int, list[Outgoing]]:
+        """Check a worker's handshake; return its number, durable by then, and what others hear.
+
+        Raises HandshakeError with a sentence that names both sides, StoreUnavailable when a new
+        member cannot be written.
+        """
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise HandshakeError(
+                f"the worker speaks protocol version {hello.protocol_version}, the coordinator "
+                f"{PROTOCOL_VERSION}; install the same release of lorand on both"
+            )
+        if not 0 < len(hello.name) <= 64:
+            raise HandshakeError("a worker's name has 1 to 64 characters; choose one with --name")
+        if self._position is None:
+            self._adopt(hello)
+        assert self._position is not None
+        check_identity(hello, self._position)
+        self._check_history(hello)
+        for number, account in self.tally.accounts.items():
+            if account.name == hello.name:
+                return number, []
+        if len(self.tally.accounts) >= self.config.service.max_workers:
+            raise HandshakeError(
+                f"the run has its {self.config.service.max_workers} workers already "
+                "(service.max_workers)"
+            )
+        number = len(self.tally.accounts) + 1
+        return number, self._append(pb.Entry(member=pb.Member(worker=number, name=hello.name)))
+
+    def _adopt(self, hello: wire.Hello) -> None:
+        """Take the first worker's identity, where the run allows it."""
+        if not self.config.run.adopt_first_worker:
+            raise HandshakeError(
+                "the coordinator has no run.lock yet; run `lr-worker prepare run.toml` and put "
+                "run.lock beside it, or set run.adopt_first_worker = true"
+            )
+        manifest = Manifest.from_json(hello.manifest)
+        self._begin(Identity(hello.base_digest, hello.tokenizer_digest, manifest))
+
+    def _check_history(self, hello: wire.Hello) -> None:
+        count = len(self.store)
+        if hello.next_sequence > count:
+            raise HandshakeError(
+                f"the worker has applied {hello.next_sequence} entries, the coordinator's ledger "
+                f"holds {count}: it was rolled back; restore the ledger, or restart the worker"
+            )
+        ours = self.store.digest(hello.next_sequence - 1)
+        if hello.next_sequence and hello.head != ours:
+            raise HandshakeError(
+                f"the histories differ at entry {hello.next_sequence - 1}: the worker has "
+                f"{hello.head.hex()[:16]}, the coordinator {ours.hex()[:16]}; one of them is of "
+                "another run or was changed"
+            )
+
+    def connect(self, worker: int, now: float) -> list[Outgoing]:
+        """Count a worker that has every entry as connected."""
+        return self._step(rounds.Joined(worker), now)
+
+    def disconnect(self, worker: int, now: float) -> list[Outgoing]:
+        """Count a worker as gone."""
+        return self._step(rounds.Left(worker), now)
+
+    # -- rounds ----------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> list[Outgoing]:
+        """Let time pass."""
+        return self._step(rounds.Tick(), now)
+
+    def receive(self, worker: int, message: wire.ParticipateRequest, now: float) -> list[Outgoing]:
+        """Take a contribution or a skip from a connected worker."""
+        kind = message.WhichOneof("message")
+        if kind == "skip":
+            why = message.skip.reason[:MAX_REASON]
+            return self._step(rounds.Skipped(worker, message.skip.round_index, why), now)
+        if kind != "contribution":
+            return [self._reject(worker, 0, f"a worker does not send {kind or 'nothing'} here")]
+        contribution = message.contribution
+        try:
+            aggregation.unpack(self.config, contribution.codes)
+        except ContributionError as error:
+            return [self._reject(worker, contribution.round_index, str(error))]
+        if self.config.rounds.telemetry == "none" or not np.isfinite(contribution.loss):
+            contribution.ClearField("loss")
+        payload = contribution.SerializeToString(deterministic=True)
+        return self._step(rounds.Reported(worker, contribution.round_index, payload), now)
+
+    def post_evaluation(self, evaluation: pb.Evaluation, run_digest: bytes) -> list[Outgoing]:
+        """Append an evaluator's result. Raises HandshakeError or StoreUnavailable."""
+        if self._position is None or run_digest != self._position.run_digest:
+            raise HandshakeError("the evaluation is of another run than the coordinator's")
+        if not (0 <= evaluation.accuracy <= 1 and np.isfinite(evaluation.loss)):
+            raise HandshakeError("an evaluation needs an accuracy in 0 … 1 and a finite loss")
+        return self._append(pb.Entry(round_index=self.engine.round_index, evaluation=evaluation))
+
+    def _step(self, event: rounds.Event, now: float) -> list[Outgoing]:
+        """Run the engine until it asks for nothing more."""
+        outgoing: list[Outgoing] = []
+        events: list[rounds.Event] = [event]
+        while events:
+            self.engine, effects, self.reason = rounds.step(
+                self._settings, self.engine, events.pop(0), now
+            )
+            for effect in effects:
+                more, answer = self._carry_out(effect)
+                outgoing += more
+                events += answer
+        return outgoing
+
+    def _carry_out(self, effect: rounds.Effect) -> tuple[list[Outgoing], list[rounds.Event]]:
+        match effect:
+            case rounds.StartRound(round_index, workers):
+                start = wire.RoundStart(
+                    round_index=round_index, scale_exponent=self._optimizer.scale_exponent
+                )
+                return [Outgoing(worker, Message(round_start=start)) for worker in workers], []
+            case rounds.Reject(worker, round_index, why):
+                return [self._reject(worker, round_index, why)], []
+        try:
+            return self._append_outcome(effect), [rounds.Appended()]
+        except LedgerError as error:
+            return [], [rounds.AppendFailed(str(error))]
+
+    def _append_outcome(self, effect: rounds.Append) -> list[Outgoing]:
+        match effect:
+            case rounds.Commit(round_index, contributions):
+                return self._commit(round_index, dict(contributions))
+            case rounds.Abandon(round_index, why):
+                entry = pb.Entry(
+                    round_index=round_index, abandon=pb.Abandon(reason=why[:MAX_REASON])
+                )
+                return self._append(entry)
+            case rounds.Finish(committed):
+                return self._append(pb.Entry(finish=pb.Finish(committed=committed)))
+
+    def _commit(self, round_index: int, contributions: dict[int, bytes]) -> list[Outgoing]:
+        assert self._position is not None
+        stored = [
+            pb.StoredContribution(
+                worker=worker, contribution=pb.Contribution.FromString(contributions[worker])
+            )
+            for worker in sorted(contributions)
+        ]
+        bodies = [part.SerializeToString(deterministic=True) for part in stored]
+        after, update = optimizer.advance(
+            self.config, self._position.draws, self._optimizer, round_index, self._reports(stored)
+        )
+        commit = pb.Commit(
+            scale=update.scale,
+            codes=self._pack_codes(update),
+            workers=sorted(contributions),
+            scale_exponent=self._optimizer.scale_exponent,
+            contributions_digest=ledger.contributions_digest(bodies),
+        )
+        assert commit.scale_exponent in SCALE_EXPONENTS
+        outgoing = self._append(pb.Entry(round_index=round_index, commit=commit), bodies)
+        self._optimizer = after
+        for worker in commit.workers:
+            self.tally.accounts[worker].contributions += 1
+        losses = [c.contribution.loss for c in stored if c.contribution.HasField("loss")]
+        self.tally.loss = float(np.mean(losses)) if losses else None
+        self._maybe_checkpoint()
+        return outgoing
+
+    def _reports(self, stored: Iterable[pb.StoredContribution]) -> dict[int, aggregation.Report]:
+        return {
+            part.worker: aggregation.Report(
+                aggregation.unpack(self.config, part.contribution.codes),
+                part.contribution.examples,
+            )
+            for part in stored
+        }
+
+    def _pack_codes(self, update: optimizer.Update) -> bytes:
+        return codec.pack(self.config.codec.down, update.codes)
+
+    def _append(self, entry: pb.Entry, contributions: list[bytes] | None = None) -> list[Outgoing]:
+        """Make an entry durable, follow it, and send it to everyone connected."""
+        assert self._position is not None
+        body, _ = self.store.append(entry, contributions or ())
+        self._position = ledger.apply(self._position, body)
+        if entry.HasField("member"):
+            self.tally.accounts[entry.member.worker] = Account(entry.member.name)
+        if entry.HasField("evaluation"):
+            self._keep_evaluation(entry.evaluation)
+        return [Outgoing(worker, Message(entry=body)) for worker in sorted(self.engine.members)]
+
+    def _keep_evaluation(self, evaluation: pb.Evaluation) -> None:
+        self.tally.evaluations = [*self.tally.evaluations, evaluation][-EVALUATIONS_KEPT:]
+
+    def _reject(self, worker: int, round_index: int, why: str) -> Outgoing:
+        self.tally.accounts[worker].rejected += 1
+        rejection = wire.Rejection(round_index=round_index, reason=why[:MAX_REASON])
+        return Outgoing(worker, Message(rejection=rejection))
+
+    def _maybe_checkpoint(self) -> None:
+        """Keep a checkpoint every so many commits. Failing to is not failing the round."""
+        assert self._position is not None
+        if self._position.committed % self.config.service.checkpoint_every:
+            return
+        checkpoint = Checkpoint(
+            sequence=self._position.next_sequence - 1,
+            head=self._position.head,
+            committed=self._position.committed,
+            coefficients=ledger.pack_coefficients(self._position.coefficients),
+            state=pack_state(self._optimizer),
+        )
+        try:
+            self.store.save_checkpoint(checkpoint)
+        except StoreUnavailable as error:
+            self.reason = f"no checkpoint could be kept: {error}"
+
+
+def check_identity(hello: wire.Hello, position: Position) -> None:
+    """Raise HandshakeError unless the worker has the run's base model, tokenizer and manifest."""
+    identity = position.identity
+    pairs = [
+        (
+            "base weights",
+            hello.base_digest,
+            identity.base_digest,
+            "use the same model and revision",
+        ),
+        (
+            "tokenizer",
+            hello.tokenizer_digest,
+            identity.tokenizer_digest,
+            "use the tokenizer that comes with the run's model",
+        ),
+        (
+            "parameter manifest",
+            hello.manifest_digest,
+            identity.manifest.digest(),
+            "use the same release of lorand and transformers",
+        ),
+        ("run", hello.run_digest, position.run_digest, "use the coordinator's run file"),
+    ]
+    for what, theirs, ours, advice in pairs:
+        if theirs != ours:
+            raise HandshakeError(
+                f"the worker's {what} ({theirs.hex()[:16] or 'none'}) is not the coordinator's "
+                f"({ours.hex()[:16]}); {advice}"
+            )

@@ -1,0 +1,150 @@
+"""What the coordinator's commands print: status panels, ledger rows, verification."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+
+from lorand import ledger
+from lorand.ledger import Position
+from lorand.v1 import ledger_pb2 as pb
+from lorand.v1 import status_pb2 as status
+from lorand_coordinator.store import SqliteStore
+
+EVALUATIONS_SHOWN = 5
+
+
+def as_dict(answer: status.GetStatusResponse) -> dict[str, Any]:
+    """Return a status for JSON: every field present, digests in hexadecimal, numbers as numbers."""
+    content: dict[str, Any] = MessageToDict(
+        answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    content["head"] = answer.head.hex()
+    content["coefficients_digest"] = answer.coefficients_digest.hex()
+    content["entries"] = answer.entries
+    for row, worker in zip(content["workers"], answer.workers, strict=True):
+        row["bytes_received"], row["bytes_sent"] = worker.bytes_received, worker.bytes_sent
+    return content
+
+
+def panel(answer: status.GetStatusResponse) -> RenderableType:
+    """Return a status for people."""
+    loss = f", loss {answer.loss:.4f}" if answer.HasField("loss") else ""
+    lines: list[RenderableType] = [
+        f"{answer.phase}: {answer.reason}",
+        f"{answer.committed} of {answer.rounds} rounds committed, {answer.abandoned} abandoned, "
+        f"{answer.entries} entries{loss}",
+        f"head {answer.head.hex()[:16]}  coefficients {answer.coefficients_digest.hex()[:16]}",
+    ]
+    if answer.workers:
+        table = Table(box=None, pad_edge=False)
+        for column in ("worker", "name", "state", "contributions", "rejected", "bytes in", "out"):
+            table.add_column(column, justify="left" if column in ("name", "state") else "right")
+        for worker in answer.workers:
+            table.add_row(
+                str(worker.worker),
+                worker.name,
+                "connected" if worker.connected else "away",
+                str(worker.contributions),
+                str(worker.rejected),
+                f"{worker.bytes_received:,}",
+                f"{worker.bytes_sent:,}",
+            )
+        lines.append(table)
+    for evaluation in answer.evaluations[-EVALUATIONS_SHOWN:]:
+        lines.append(
+            f"after {evaluation.committed} rounds: accuracy {evaluation.accuracy:.3f}, loss "
+            f"{evaluation.loss:.4f} on {evaluation.examples} examples ({evaluation.evaluator})"
+        )
+    return Panel(Group(*lines), title=f"run {answer.name}", title_align="left")
+
+
+def bodies(path: Path) -> Iterator[bytes]:
+    """Yield the entries of a ledger, in SQLite or exported. Raises LedgerError."""
+    if _is_exported(path):
+        yield from ledger.read_file(path)
+        return
+    store = SqliteStore(path, read_only=True)
+    try:
+        yield from store.entries()
+    finally:
+        store.close()
+
+
+def verify(path: Path) -> tuple[Position, int]:
+    """Return where a ledger ends and how many contributions were checked. Raises LedgerError."""
+    if _is_exported(path):
+        return ledger.replay(ledger.read_file(path)), 0
+    store = SqliteStore(path, read_only=True)
+    checked = 0
+    try:
+        position = ledger.replay(store.entries())
+        for body in store.entries():
+            entry = ledger.parse(body)
+            if entry.HasField("commit"):
+                parts = store.contributions(entry.sequence)
+                ledger.check_contributions(entry, parts)
+                checked += len(parts)
+    finally:
+        store.close()
+    return position, checked
+
+
+def rows(path: Path, last: int) -> list[dict[str, Any]]:
+    """Return the last entries as plain dictionaries."""
+    kept: list[dict[str, Any]] = []
+    for body in bodies(path):
+        kept.append(_row(ledger.parse(body)))
+        del kept[:-last]
+    return kept
+
+
+def _row(entry: pb.Entry) -> dict[str, Any]:
+    kind = entry.WhichOneof("kind") or ""
+    row: dict[str, Any] = {
+        "sequence": entry.sequence,
+        "round_index": entry.round_index,
+        "kind": kind,
+    }
+    match kind:
+        case "start":
+            row["base_digest"] = entry.start.base_digest.hex()
+        case "commit":
+            row["workers"] = list(entry.commit.workers)
+            row["scale"] = entry.commit.scale
+            row["code_bytes"] = len(entry.commit.codes)
+            row["scale_exponent"] = entry.commit.scale_exponent
+        case "abandon":
+            row["reason"] = entry.abandon.reason
+        case "member":
+            row["worker"], row["name"] = entry.member.worker, entry.member.name
+        case "evaluation":
+            row["evaluator"] = entry.evaluation.evaluator
+            row["committed"] = entry.evaluation.committed
+            row["accuracy"] = entry.evaluation.accuracy
+            row["loss"] = entry.evaluation.loss
+        case "finish":
+            row["committed"] = entry.finish.committed
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row as one line of text."""
+    rest = "  ".join(
+        f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in row.items()
+        if key not in ("sequence", "round_index", "kind")
+    )
+    return f"{row['sequence']:>6}  round {row['round_index']:<5} {row['kind']:<10} {rest}"
+
+
+def _is_exported(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(ledger.FILE_MAGIC)) == ledger.FILE_MAGIC
+    except OSError:
+        return False

@@ -1,0 +1,245 @@
+"""Where the ledger lives: one SQLite file, durable before anyone sees an entry.
+
+WAL with synchronous=FULL, one transaction an entry with its contributions. The hash chain is
+computed here and checked as a whole when the file is opened.
+"""
+
+import fcntl
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final, Protocol
+
+from lorand.errors import LedgerError
+from lorand.ledger import GENESIS, entry_digest
+from lorand.v1 import ledger_pb2 as pb
+
+PAGE: Final = 512
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS entry (
+    sequence INTEGER PRIMARY KEY, body BLOB NOT NULL, digest BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS contribution (
+    sequence INTEGER NOT NULL, position INTEGER NOT NULL, body BLOB NOT NULL,
+    PRIMARY KEY (sequence, position)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS checkpoint (
+    sequence INTEGER PRIMARY KEY, head BLOB NOT NULL, committed INTEGER NOT NULL,
+    coefficients BLOB NOT NULL, state BLOB NOT NULL);
+"""
+_APPLICATION_ID: Final = 0x4C6F5261  # "LoRa": marks the file as a LoRand ledger
+
+
+class StoreUnavailable(LedgerError):
+    """Nothing was written; trying again later may help (disk full, I/O error)."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A and the optimizer's state (opaque here) after entry `sequence`, whose digest is `head`."""
+
+    sequence: int
+    head: bytes
+    committed: int
+    coefficients: bytes
+    state: bytes
+
+
+class Store(Protocol):
+    """An append-only, hash-chained list of entries, their contributions, and checkpoints."""
+
+    def append(self, entry: pb.Entry, contributions: Sequence[bytes] = ()) -> tuple[bytes, bytes]:
+        """Give the entry its sequence and make it durable; return (body, digest).
+
+        Raises StoreUnavailable when nothing was written.
+        """
+
+    def __len__(self) -> int:
+        """Number of entries."""
+
+    def head(self) -> bytes:
+        """Digest of the last entry, or GENESIS."""
+
+    def digest(self, sequence: int) -> bytes:
+        """Digest of an entry; of −1: GENESIS."""
+
+    def entries(self, start: int = 0, limit: int | None = None) -> Iterator[bytes]:
+        """Yield bodies from a sequence on, in order."""
+
+    def contributions(self, sequence: int) -> list[bytes]:
+        """Return the contributions stored with a commit."""
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Keep a checkpoint, and of the older ones only the one before."""
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """Return the checkpoint nearest to the head."""
+
+    def close(self) -> None:
+        """Release the file."""
+
+
+class SqliteStore:
+    """The ledger in one SQLite file, or in memory (`:memory:`) for tests."""
+
+    def __init__(self, path: Path | str, *, read_only: bool = False) -> None:
+        """Open or create. Raises LedgerError when it is in use, damaged or no ledger."""
+        self._path = str(path)
+        self._lock: IO[bytes] | None = None
+        if read_only and not Path(path).exists():
+            raise LedgerError(f"there is no ledger at {path}")
+        if not read_only and self._path != ":memory:":
+            self._lock = _lock(Path(path))
+        try:
+            self._database = self._connect(read_only)
+            self._head = self._check_chain()
+        except sqlite3.DatabaseError as error:
+            raise LedgerError(
+                f"{path} cannot be used as a ledger: {error}; restore it from a backup, or move it "
+                "away to start a new run"
+            ) from error
+
+    def _connect(self, read_only: bool) -> sqlite3.Connection:
+        if read_only:
+            uri = Path(self._path).resolve().as_uri() + "?mode=ro"
+            database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5)
+        else:
+            database = sqlite3.connect(
+                self._path, isolation_level=None, timeout=5, check_same_thread=False
+            )
+        found = database.execute("PRAGMA application_id").fetchone()[0]
+        tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if found != _APPLICATION_ID and (tables or read_only):
+            raise sqlite3.DatabaseError("it is a database of another program")
+        if not read_only:
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("PRAGMA synchronous=FULL")
+            if found != _APPLICATION_ID:  # before the tables: a crash between leaves a ledger
+                database.execute(f"PRAGMA application_id={_APPLICATION_ID}")
+            database.executescript(_SCHEMA)
+        return database
+
+    def _check_chain(self) -> bytes:
+        head, count = GENESIS, 0
+        rows = self._database.execute("SELECT sequence, body, digest FROM entry ORDER BY sequence")
+        for sequence, body, digest in rows:
+            if sequence != count or entry_digest(head, body) != digest:
+                raise LedgerError(
+                    f"{self._path}: the hash chain breaks at entry {count}; the file was damaged or "
+                    "edited: restore it from a backup"
+                )
+            head, count = digest, count + 1
+        self._count = count
+        return head
+
+    def append(self, entry: pb.Entry, contributions: Sequence[bytes] = ()) -> tuple[bytes, bytes]:
+        """See Store.append."""
+        numbered = pb.Entry()
+        numbered.CopyFrom(entry)
+        numbered.sequence = self._count
+        body = numbered.SerializeToString(deterministic=True)
+        digest = entry_digest(self._head, body)
+        try:
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                self._database.execute(
+                    "INSERT INTO entry VALUES (?, ?, ?)", (self._count, body, digest)
+                )
+                self._database.executemany(
+                    "INSERT INTO contribution VALUES (?, ?, ?)",
+                    [(self._count, i, part) for i, part in enumerate(contributions)],
+                )
+        except sqlite3.OperationalError as error:
+            raise StoreUnavailable(f"{error}; free space at {self._path}") from error
+        self._head, self._count = digest, self._count + 1
+        return body, digest
+
+    def __len__(self) -> int:
+        """See Store."""
+        return self._count
+
+    def head(self) -> bytes:
+        """See Store."""
+        return self._head
+
+    def digest(self, sequence: int) -> bytes:
+        """See Store."""
+        if sequence < 0:
+            return GENESIS
+        row = self._database.execute(
+            "SELECT digest FROM entry WHERE sequence = ?", (sequence,)
+        ).fetchone()
+        return bytes(row[0])
+
+    def entries(self, start: int = 0, limit: int | None = None) -> Iterator[bytes]:
+        """See Store. Reads in pages, so that a long history is never in memory whole."""
+        stop = self._count if limit is None else min(self._count, start + limit)
+        while start < stop:
+            rows = self._database.execute(
+                "SELECT body FROM entry WHERE sequence >= ? AND sequence < ? ORDER BY sequence",
+                (start, min(stop, start + PAGE)),
+            ).fetchall()
+            for (body,) in rows:
+                yield bytes(body)
+            start += len(rows)
+
+    def contributions(self, sequence: int) -> list[bytes]:
+        """See Store."""
+        rows = self._database.execute(
+            "SELECT body FROM contribution WHERE sequence = ? ORDER BY position", (sequence,)
+        )
+        return [bytes(body) for (body,) in rows]
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """See Store."""
+        try:
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                self._database.execute(
+                    "INSERT OR REPLACE INTO checkpoint VALUES (?, ?, ?, ?, ?)",
+                    (
+                        checkpoint.sequence,
+                        checkpoint.head,
+                        checkpoint.committed,
+                        checkpoint.coefficients,
+                        checkpoint.state,
+                    ),
+                )
+                self._database.execute(
+                    "DELETE FROM checkpoint WHERE sequence NOT IN "
+                    "(SELECT sequence FROM checkpoint ORDER BY sequence DESC LIMIT 2)"
+                )
+        except sqlite3.OperationalError as error:
+            raise StoreUnavailable(f"{error}; free space at {self._path}") from error
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """See Store."""
+        row = self._database.execute(
+            "SELECT * FROM checkpoint ORDER BY sequence DESC LIMIT 1"
+        ).fetchone()
+        if row is None:
+            return None
+        sequence, head, committed, coefficients, state = row
+        return Checkpoint(sequence, bytes(head), committed, bytes(coefficients), bytes(state))
+
+    def close(self) -> None:
+        """See Store."""
+        self._database.close()
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Hold an exclusive lock as long as this process lives: one sequencer a ledger."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.with_name(path.name + ".lock").open("ab")
+    except OSError as error:
+        raise LedgerError(f"cannot write beside the ledger {path}: {error}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise LedgerError(
+            f"the ledger {path} is in use by another coordinator; stop that one first"
+        ) from error
+    return file

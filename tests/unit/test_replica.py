@@ -1,0 +1,376 @@
+"""A replica's weights are f(base, A), bit for bit, however it got there (DESIGN §1, §5.4)."""
+
+import hashlib
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from lorand.coefficients import Coefficients, add, zeros
+from lorand.directions import Family, Indices, Pool
+from lorand.errors import LedgerError, ModelError
+from lorand.kernels import Backend
+from lorand.kernels.cpu import CpuBackend
+from lorand.kernels.reference import ReferenceBackend
+from lorand.manifest import Manifest, TensorSpec
+from lorand.replica import DTYPES, Replica, tensor_bytes
+
+FAMILIES: Final[list[Family]] = ["hadamard", "independent"]
+BACKENDS: Final[list[Backend]] = [ReferenceBackend(), CpuBackend()]
+KEY: Final = (0x9ABCDEF0, 0x12345678)
+MANIFEST: Final = Manifest(
+    (
+        TensorSpec("a.weight", (70, 63), "float32"),
+        TensorSpec("b.bias", (300,), "bfloat16", 4),
+        TensorSpec("b.weight", (5, 7, 11), "float16", -2),
+        TensorSpec("c.scale", (), "float32"),
+    )
+)
+
+
+def tensors_of(manifest: Manifest = MANIFEST, *, zero: bool = False) -> dict[str, torch.Tensor]:
+    """Base weights that every machine writes alike, without a random generator."""
+    tensors = {}
+    for spec in manifest.tensors:
+        steps = torch.arange(spec.size).reshape(spec.shape) * 37 % 251 - 125
+        start = torch.zeros(spec.shape) if zero else steps / 1024
+        tensors[spec.name] = start.to(DTYPES[spec.dtype])
+    return tensors
+
+
+def pool_of(family: Family = "hadamard", size: int = 64, quantum_exponent: int = 32) -> Pool:
+    return Pool(KEY, size, quantum_exponent, family)
+
+
+def replica_of(
+    family: Family = "hadamard", backend: Backend | None = None, size: int = 64
+) -> Replica:
+    return Replica(tensors_of(), MANIFEST, pool_of(family, size), backend)
+
+
+def bits(replica: Replica) -> dict[str, bytes]:
+    return {name: bytes(tensor_bytes(tensor)) for name, tensor in replica.live.items()}
+
+
+def random_coefficients(seed: int, size: int = 64) -> Coefficients:
+    return np.random.default_rng(seed).integers(-(2**28), 2**28, size, dtype=np.int64)
+
+
+# ------------------------------------------------------------- one digest for one ledger
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("hadamard", "89b3ce219a9eadca9f475855dc3696677db508ec4040395a2b88dac371587e2a"),
+        ("independent", "573583df74f36de0c9f30b7fa4260c0278689bcee9a7b9ee26919e30100aa839"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_the_weights_of_a_ledger_are_normative(
+    family: Family, backend: Backend, expected: str
+) -> None:
+    """Invariant 4 across machines: every machine, backend and build must recompute this digest."""
+    replica = replica_of(family, backend)
+    replica.set(np.arange(-31, 33, dtype=np.int64) ** 5)
+    assert replica.digest().hex() == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(deadline=None, max_examples=15)
+@given(data=st.data())
+def test_any_order_any_backend_any_time_of_joining(family: Family, data: st.DataObject) -> None:
+    """One replica followed and measured, one was elsewhere, one joins at the end: same bits."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    updates: list[tuple[Indices, Coefficients]] = [
+        (rng.permutation(64)[:count], rng.integers(-(2**24), 2**24, count, dtype=np.int64))
+        for count in data.draw(st.lists(st.integers(1, 64), min_size=1, max_size=4))
+    ]
+    follower = replica_of(family, BACKENDS[0])
+    for indices, delta in updates:
+        follower.set(add(follower.coefficients, indices, delta))
+        follower.perturb(int(indices[0]), 12345)
+    follower.restore()
+    elsewhere = replica_of(family, BACKENDS[1])
+    for indices, delta in data.draw(st.permutations(updates)):
+        elsewhere.set(add(elsewhere.coefficients, indices, delta))
+    joined = replica_of(family)
+    joined.set(follower.coefficients)
+    assert follower.digest() == elsewhere.digest() == joined.digest()
+    assert follower.digest() != replica_of(family).digest()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_returning_to_zero_returns_to_the_base(family: Family) -> None:
+    """Undo is exact: w(A) after any history depends on A alone."""
+    replica = replica_of(family)
+    before = replica.digest()
+    replica.set(random_coefficients(1))
+    replica.set(zeros(64))
+    assert replica.digest() == before
+
+
+def test_a_negative_zero_in_the_base_does_not_tell_replicas_apart() -> None:
+    """w(0) has fl32(−0.0 + 0.0): a replica that measured and one that just joined must agree."""
+    tensors = tensors_of()
+    tensors["b.bias"][::2] = -0.0
+    fresh = Replica(tensors, MANIFEST, pool_of())
+    before = fresh.digest()
+    fresh.perturb(3, 1000)
+    fresh.restore()
+    assert fresh.digest() == before
+
+
+def test_the_digest_is_of_names_and_row_major_bytes() -> None:
+    """However the tensors lie in memory."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors_of().items()):
+        total.update(name.encode() + b"\0" + bytes(tensor_bytes(tensor)))
+    assert replica_of().digest() == total.digest()
+    turned = tensors_of()
+    turned["a.weight"] = turned["a.weight"].t().contiguous().t()
+    assert Replica(turned, MANIFEST, pool_of()).digest() == total.digest()
+
+
+def test_memory_order_does_not_change_the_weights() -> None:
+    """DESIGN §2 step 1: element i counts row-major."""
+    turned = tensors_of()
+    turned["a.weight"] = turned["a.weight"].t().contiguous().t()
+    turned["b.weight"] = turned["b.weight"].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    for backend in BACKENDS:
+        other = Replica({n: t.clone() for n, t in turned.items()}, MANIFEST, pool_of(), backend)
+        other.set(random_coefficients(3))
+        plain = replica_of()
+        plain.set(random_coefficients(3))
+        assert other.digest() == plain.digest()
+
+
+# ------------------------------------------------------------- perturb and restore
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_perturb_then_restore_returns_exactly_the_same_bits(
+    family: Family, backend: Backend
+) -> None:
+    """DESIGN §1: restore is w(A), never a subtraction; A itself stays."""
+    replica = replica_of(family, backend)
+    replica.set(random_coefficients(2))
+    before, coefficients = bits(replica), replica.coefficients.copy()
+    for index in (0, 17, 63):
+        for quanta in (42949673, -42949673):
+            replica.perturb(index, quanta)
+            assert all(bits(replica)[name] != before[name] for name in before)
+    replica.restore()
+    assert bits(replica) == before
+    assert replica.coefficients.tolist() == coefficients.tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_perturbation_is_the_weights_of_other_coefficients(family: Family) -> None:
+    """w(A + c·e_k): what was measured is exactly what an update by it would give."""
+    measured, updated = replica_of(family), replica_of(family)
+    measured.set(random_coefficients(4))
+    measured.perturb(9, -1000)
+    updated.set(add(random_coefficients(4), [9], np.array([-1000])))
+    assert measured.digest() == updated.digest()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_quantum_moves_every_weight_by_one_quantum(family: Family) -> None:
+    """Times 2^s, the tensor's direction scale (DESIGN §2 step 10)."""
+    replica = Replica(tensors_of(zero=True), MANIFEST, pool_of(family, quantum_exponent=8))
+    replica.perturb(5, -3)
+    for spec in MANIFEST.tensors:
+        move = 3 * 2.0 ** (spec.scale_exponent - 8)
+        assert set(replica.live[spec.name].double().abs().reshape(-1).tolist()) == {move}
+
+
+# ------------------------------------------------------------- geometry of the directions
+
+
+def direction_matrix(family: Family, weights: int, size: int) -> NDArray[np.float64]:
+    """Z, one row a direction: e_k materialised from zero base weights."""
+    manifest = Manifest((TensorSpec("w", (weights,), "float32"),))
+    replica = Replica(tensors_of(manifest, zero=True), manifest, pool_of(family, size, 8))
+    rows = []
+    for k in range(size):
+        replica.perturb(k, 1)
+        rows.append(replica.live["w"].double().numpy() * 2**8)
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_directions_of_a_block_are_orthogonal(size: int) -> None:
+    """DESIGN §2 step 6: on every whole block the K × K matrix Z is √K times an orthogonal one."""
+    directions = direction_matrix("hadamard", 4 * size + 20, size)
+    assert set(np.unique(directions)) == {-1.0, 1.0}
+    for block in range(4):
+        part = directions[:, block * size : (block + 1) * size]
+        assert (part @ part.T == size * np.eye(size)).all()
+        assert (part.T @ part == size * np.eye(size)).all()
+
+
+def test_blocks_are_shuffled_independently() -> None:
+    """Steps 4 and 5: signs D, and with them out of the way the shifts r_b, differ by block."""
+    directions = direction_matrix("hadamard", 64 * 32, 64)
+    for matrix, least in ((directions, 32), (directions[1:] * directions[:1], 17)):
+        assert len({part.tobytes() for part in np.split(matrix, 32, axis=1)}) >= least
+
+
+def test_independent_directions_are_nearly_orthogonal() -> None:
+    """Step 8: signs of unrelated seeds; inner products of size √d."""
+    directions = direction_matrix("independent", 4096, 64)
+    inner = directions @ directions.T / np.sqrt(4096) - 64 * np.eye(64)
+    assert np.abs(inner).max() < 5
+    assert np.sqrt((inner**2).sum() / (64 * 63)) == pytest.approx(1, abs=0.1)
+
+
+def reconstruction_cosine(family: Family, shapes: list[tuple[int, ...]], size: int) -> float:
+    """cos(g, Z Zᵀ g), by the replica's own projection and materialisation from zero weights."""
+    specs = [TensorSpec(f"w{n}", shape, "float32") for n, shape in enumerate(shapes)]
+    manifest = Manifest(tuple(specs))
+    replica = Replica(tensors_of(manifest, zero=True), manifest, pool_of(family, size))
+    generator = torch.Generator().manual_seed(7)
+    gradient = {s.name: torch.randn(s.shape, generator=generator) for s in specs}
+    shares = sum((replica.project(name, g) for name, g in gradient.items()), np.zeros(size))
+    replica.set(np.rint(replica.scalars(shares) * 2.0**12).astype(np.int64))
+    g = torch.cat([gradient[s.name].reshape(-1) for s in specs]).double()
+    w = torch.cat([replica.live[s.name].reshape(-1) for s in specs]).double()
+    return float(g @ w / (g.norm() * w.norm()))
+
+
+@pytest.mark.parametrize("size", [1024, 4096, 16384])
+def test_the_scalars_keep_the_gradients_direction(size: int) -> None:
+    """K scalars point along ∇L with cosine √(K/d): what a step in the pool's span can keep."""
+    shapes: list[tuple[int, ...]] = [(500, 700), (53_001,)]
+    cosine = reconstruction_cosine("hadamard", shapes, size)
+    assert cosine == pytest.approx(np.sqrt(size / 403_001), rel=0.05)
+
+
+def test_as_many_scalars_as_weights_keep_everything() -> None:
+    """K = d: Z/√K is orthogonal, so nothing is lost but the rounding to quanta."""
+    assert reconstruction_cosine("hadamard", [(64, 64)], 4096) == pytest.approx(1, abs=1e-6)
+
+
+def test_independent_scalars_keep_the_gradients_direction() -> None:
+    """As well as the structured ones, to the spread of 256 random scalars."""
+    cosine = reconstruction_cosine("independent", [(25_600,)], 256)
+    assert cosine == pytest.approx(np.sqrt(256 / 25_600), rel=0.1)
+
+
+# ------------------------------------------------------------- direction scales
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scale_exponents_multiply(family: Family) -> None:
+    """2^s multiplies the move and, by the chain rule, the tensor's share of Zᵀg."""
+
+    def scaled(exponent: int) -> tuple[torch.Tensor, NDArray[np.float64]]:
+        manifest = Manifest((TensorSpec("w", (900,), "float32", exponent),))
+        replica = Replica(tensors_of(manifest, zero=True), manifest, pool_of(family))
+        replica.set(random_coefficients(6))
+        gradient = torch.linspace(-1, 2, 900)
+        return replica.live["w"], replica.scalars(replica.project("w", gradient))
+
+    weights, scalars = scaled(0)
+    for exponent in (4, -3, 10):
+        moved, measured = scaled(exponent)
+        assert torch.equal(moved, weights * 2.0**exponent)
+        assert measured.tolist() == (scalars * 2.0**exponent).tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_project_is_the_derivative_along_each_direction(family: Family) -> None:
+    """g_k = (L(w(A + c·e_k)) − L(w(A − c·e_k))) / 2μ on a linear loss, scales included."""
+    exact = Manifest(tuple(replace(spec, dtype="float32") for spec in MANIFEST.tensors))
+    replica = Replica(tensors_of(exact), exact, pool_of(family, quantum_exponent=8))
+    generator = torch.Generator().manual_seed(8)
+    gradient = {s.name: torch.randn(s.shape, generator=generator) for s in exact.tensors}
+    shares = sum((replica.project(name, g) for name, g in gradient.items()), np.zeros(64))
+    scalars = replica.scalars(shares)
+
+    def loss(index: int, quanta: int) -> float:
+        replica.perturb(index, quanta)
+        return sum(float((replica.live[n].double() * g).sum()) for n, g in gradient.items())
+
+    for index in (0, 1, 31, 63):
+        measured = (loss(index, 4) - loss(index, -4)) / (2 * 4 * 2.0**-8)
+        assert scalars[index] == pytest.approx(measured, rel=1e-5, abs=1e-3)
+
+
+# ------------------------------------------------------------- the model's own tensors
+
+
+def test_a_replica_writes_into_the_models_parameters() -> None:
+    """In place, without a gradient's trace; the base is a copy the model cannot change."""
+    module = torch.nn.Linear(9, 7)
+    manifest = Manifest(
+        (TensorSpec("bias", (7,), "float32"), TensorSpec("weight", (7, 9), "float32"))
+    )
+    replica = Replica(dict(module.named_parameters()), manifest, pool_of())
+    address, before = module.weight.data_ptr(), module.weight.detach().clone()
+    replica.set(random_coefficients(9))
+    assert module.weight.data_ptr() == address
+    assert module.weight.requires_grad
+    assert module.weight.grad_fn is None
+    assert not torch.equal(module.weight.detach(), before)
+    module.weight.data.fill_(3)
+    replica.set(zeros(64))
+    assert torch.equal(module.weight.detach(), before)
+
+
+def test_tensors_the_run_does_not_train_are_left_alone() -> None:
+    tensors = {**tensors_of(), "frozen": torch.ones(5)}
+    replica = Replica(tensors, MANIFEST, pool_of())
+    replica.set(random_coefficients(9))
+    assert tensors["frozen"].tolist() == [1] * 5
+    assert set(replica.live) == {spec.name for spec in MANIFEST.tensors}
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("b.bias", None, "the run trains 'b.bias', which this model does not have"),
+        ("b.bias", torch.zeros(301).bfloat16(), r"'b\.bias' is bfloat16 \(300,\) in the run, but "),
+        ("b.bias", torch.zeros(300, 1).bfloat16(), r"bfloat16 \(300, 1\) in this model"),
+        ("b.bias", torch.zeros(300), r"float32 \(300,\) in this model"),
+        ("c.scale", torch.zeros(1), r"float32 \(1,\) in this model"),
+        ("a.weight", torch.zeros(70, 63).double(), r"float64 \(70, 63\) in this model"),
+    ],
+    ids=["missing", "length", "rank", "dtype", "scalar", "float64"],
+)
+def test_a_model_that_does_not_fit_is_refused(
+    name: str, tensor: torch.Tensor | None, message: str
+) -> None:
+    """ModelError names the tensor and both sides."""
+    tensors = tensors_of()
+    del tensors[name]
+    if tensor is not None:
+        tensors[name] = tensor
+    with pytest.raises(ModelError, match=message):
+        Replica(tensors, MANIFEST, pool_of())
+
+
+def test_a_dtype_no_kernel_knows_is_refused() -> None:
+    manifest = Manifest((TensorSpec("w", (4,), "float64"),))
+    with pytest.raises(ModelError, match="'w' is float64"):
+        Replica({"w": torch.zeros(4).double()}, manifest, pool_of())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_coefficients_beyond_the_limit_leave_the_replica_as_it_was(family: Family) -> None:
+    """DESIGN §2 step 7 refuses them; the live tensors still hold w(A) for the A it states."""
+    replica = replica_of(family)
+    replica.set(random_coefficients(10))
+    before = replica.digest()
+    with pytest.raises(LedgerError):
+        replica.set(np.full(64, 2**57, np.int64))
+    assert replica.coefficients.tolist() == random_coefficients(10).tolist()
+    replica.restore()
+    assert replica.digest() == before
