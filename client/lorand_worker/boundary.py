@@ -45,7 +45,7 @@ class Boundary:
 
         frozen = [self.layers[i] for i in range(self.depth)]
         for layer in frozen:
-            layer.forward = skip  # type: ignore[method-assign]
+            layer.forward = skip
         try:
             yield
         finally:

@@ -81,7 +81,7 @@ class Backprop:
         self._shares = np.zeros(replica.pool.size)
         for name, parameter in parameters.items():
             parameter.requires_grad_(True)
-            parameter.register_post_accumulate_grad_hook(self._projector(name))
+            parameter.register_post_accumulate_grad_hook(self._projector(name))  # type: ignore[no-untyped-call]
 
     def measure(self, loss: Loss, batch: Sequence[int], indices: Indices) -> Measurement:
         """Return Zᵀ∇L at `indices` (the whole pool, in order)."""

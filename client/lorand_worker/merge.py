@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
@@ -24,10 +25,10 @@ def save(loaded: LoadedModel, position: Position, folder: Path) -> Path:
         module = loaded.module
         if isinstance(module, OwnClassifier):
             _name_labels(module.model, labels)
-            module.model.save_pretrained(folder, safe_serialization=True)
+            _pretrained(module.model).save_pretrained(folder, safe_serialization=True)
         else:
             assert isinstance(module, PooledClassifier)
-            module.encoder.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+            _pretrained(module.encoder).save_pretrained(folder, safe_serialization=True)
             head = {name: t.detach().contiguous() for name, t in module.head.state_dict().items()}
             save_file(head, folder / "head.safetensors")
             note = {
@@ -42,5 +43,11 @@ def save(loaded: LoadedModel, position: Position, folder: Path) -> Path:
 
 
 def _name_labels(model: nn.Module, labels: list[str]) -> None:
-    model.config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
-    model.config.label2id = {label: i for i, label in enumerate(labels)}  # type: ignore[union-attr]
+    config = _pretrained(model).config
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+
+
+def _pretrained(model: nn.Module) -> Any:
+    """The module as the transformers model it is; that library is not typed."""
+    return model

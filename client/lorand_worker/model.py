@@ -60,7 +60,7 @@ class OwnClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model ready for a run. `new_names` are the tensors that the checkpoint did not have."""
+    """A base model ready for a run; `new_names` are tensors the checkpoint did not have."""
 
     module: nn.Module
     tokenizer: Any

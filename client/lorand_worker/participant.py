@@ -101,7 +101,8 @@ class Participant:
             self.counts.skipped += 1
             skip = wire.Skip(round_index=start.round_index, reason=str(error))
             return Request(skip=skip)
-        assert measured.values.shape == indices.shape and np.isfinite(measured.values).all()
+        assert measured.values.shape == indices.shape
+        assert np.isfinite(measured.values).all()
         self.last_loss = measured.loss
         codes = codec.encode(config.codec.up, measured.values, start.scale_exponent)
         contribution = pb.Contribution(

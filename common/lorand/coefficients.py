@@ -50,7 +50,7 @@ def check_magnitude(coefficients: Coefficients) -> None:
     total = total_magnitude(coefficients)
     if total >= MAGNITUDE_LIMIT:
         raise LedgerError(
-            f"the coefficients have grown to a total of {total:.3e} quanta, above the limit of 2^62;"
+            f"the coefficients have grown to a total of {total:.3e} quanta, above the limit 2^62;"
             " lower the learning rate or quantum_exponent and start a new run"
         )
 

@@ -201,7 +201,8 @@ def read_file(path: Path) -> Iterator[bytes]:
         with path.open("rb") as file:
             if file.read(len(FILE_MAGIC)) != FILE_MAGIC:
                 raise LedgerError(
-                    f"{path} is not an exported ledger; write one with `lr-coordinator ledger export`"
+                    f"{path} is not an exported ledger; "
+                    "write one with `lr-coordinator ledger export`"
                 )
             while prefix := file.read(4):
                 length = int.from_bytes(prefix, "little")

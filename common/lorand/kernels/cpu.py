@@ -203,7 +203,8 @@ class CpuBackend(ReferenceBackend):
         sums = np.zeros((torch.get_num_threads(), size))
         if gradient.numel():
             _project(_array(gradient.float()), sums, *_key(tid, key))
-        return sums.sum(axis=0)
+        total: NDArray[np.float64] = sums.sum(axis=0)
+        return total
 
     def materialise_independent(
         self,
