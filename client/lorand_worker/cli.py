@@ -51,7 +51,10 @@ def prepare(
     base = _load_base(config, model, "cpu", ConsoleReporter(quiet=json_output))
     _warm_up(base)
     lock = run.with_name("run.lock")
-    lock.write_text(base.identity.to_lock(), encoding="utf-8")
+    try:
+        lock.write_text(base.identity.to_lock(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {lock}: {error}") from error
     manifest = base.identity.manifest
     result = {
         "lock": str(lock),

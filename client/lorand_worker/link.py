@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from lorand import ledger, transport
 from lorand.config import PROTOCOL_VERSION, RunConfig
@@ -65,22 +66,28 @@ class Link:
     def persist(self, attempt: Callable[[], _Result], on_wait: Callable[[str], None]) -> _Result:
         """Return the result of `attempt`, repeated with full jitter while the coordinator is away.
 
-        Raises ConnectionLost after give_up_s without success; the time starts anew whenever an
-        attempt got an answer (`Retry`, or an attempt that lasted).
+        Raises ConnectionLost after give_up_s without success, HandshakeError when the coordinator
+        answered but kept sending this worker away; the time starts anew after an attempt that
+        lasted.
         """
         tries, since = 0, time.monotonic()
         while True:
-            began = time.monotonic()
+            began, answered = time.monotonic(), False
             try:
                 return attempt()
             except Retry as error:
-                why = str(error)
+                why, answered = str(error), True
             except grpc.RpcError as error:
                 why = _explain(error)
             now = time.monotonic()
             if now - began > BACKOFF_LARGEST_S:
                 tries, since = 0, now
             if now - since > self._give_up_s:
+                if answered:
+                    raise HandshakeError(
+                        f"the coordinator at {self.address} did not let this worker in for "
+                        f"{self._give_up_s:.0f} s: {why}"
+                    )
                 raise ConnectionLost(
                     f"the coordinator at {self.address} could not be reached for "
                     f"{self._give_up_s:.0f} s ({why}); check the address and that "
@@ -95,6 +102,7 @@ class Link:
         """Return the run's config, and the identity unless the first worker's is awaited."""
         request = wire.GetRunRequest(protocol_version=PROTOCOL_VERSION)
         answer = self._coordination.GetRun(request, timeout=CALL_TIMEOUT_S)
+        self._count(request, answer)
         if answer.protocol_version != PROTOCOL_VERSION:
             raise HandshakeError(
                 f"the coordinator speaks protocol version {answer.protocol_version}, this worker "
@@ -113,8 +121,9 @@ class Link:
     def _from_checkpoint(self, position: Position) -> Position:
         size = position.config.directions.pool_size
         header, data = pb.CheckpointHeader(), bytearray()
-        for part in self._ledger.GetCheckpoint(pb.GetCheckpointRequest(), timeout=READ_TIMEOUT_S):
-            self.traffic.received += part.ByteSize()
+        request = pb.GetCheckpointRequest()
+        for part in self._ledger.GetCheckpoint(request, timeout=READ_TIMEOUT_S):
+            self._count(request, part)
             if part.HasField("header"):
                 header = part.header
                 if header.sequence < position.next_sequence:
@@ -140,6 +149,7 @@ class Link:
         """Yield entries from a sequence on; with `follow`, without end."""
         request = pb.ReadEntriesRequest(from_sequence=start, follow=follow)
         timeout = None if follow else READ_TIMEOUT_S
+        self.traffic.sent += request.ByteSize()
         for page in self._ledger.ReadEntries(request, timeout=timeout):
             self.traffic.received += page.ByteSize()
             yield from page.entries
@@ -147,7 +157,13 @@ class Link:
     def post_evaluation(self, evaluation: pb.Evaluation, run_digest: bytes) -> int:
         """Append an evaluation; return its sequence."""
         request = pb.PostEvaluationRequest(evaluation=evaluation, run_digest=run_digest)
-        return int(self._ledger.PostEvaluation(request, timeout=CALL_TIMEOUT_S).sequence)
+        answer = self._ledger.PostEvaluation(request, timeout=CALL_TIMEOUT_S)
+        self._count(request, answer)
+        return int(answer.sequence)
+
+    def _count(self, request: Message, answer: Message) -> None:
+        self.traffic.sent += request.ByteSize()
+        self.traffic.received += answer.ByteSize()
 
     def participate(self, hello: wire.Hello) -> "Stream":
         """Open the stream of rounds with a Hello."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from lorand.replica import DTYPES, tensor_bytes
 
 HEAD_KEY = (0x4C6F5261, 0x6E644831)
 """Key of the signs that start the inner layers of a new multi-layer head ("LoRa", "ndH1")."""
+_BODY = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks)\.\d+\.|embed|wte")
+"""Parts of a model that must come from its checkpoint."""
 
 
 class PooledClassifier(nn.Module):
@@ -111,22 +114,43 @@ def _load(section: ModelSection, num_labels: int, name: str) -> LoadedModel:
         )
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
-        fresh = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
-        module, new = OwnClassifier(model), {f"model.{key}" for key in fresh}
+        module, new = OwnClassifier(model), {f"model.{key}" for key in _fresh(info)}
     else:
-        encoder = _load_encoder(transformers, name, options)
+        encoder, info = _load_encoder(transformers, name, options)
         module = PooledClassifier(encoder, config.hidden_size, num_labels, section.feature_scale)
         module.head.to(DTYPES[section.dtype])
-        new = {"head.weight", "head.bias"}
+        new = {"head.weight", "head.bias", *(f"encoder.{key}" for key in _fresh(info))}
     _start_alike(module, new, num_labels)
     return LoadedModel(module.eval(), tokenizer, frozenset(new))
 
 
-def _load_encoder(transformers: Any, name: str, options: dict[str, Any]) -> nn.Module:
+def _load_encoder(
+    transformers: Any, name: str, options: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The encoder and what transformers tells of loading it."""
+    options = {**options, "output_loading_info": True}
     try:
-        return transformers.AutoModel.from_pretrained(name, add_pooling_layer=False, **options)  # type: ignore[no-any-return]
+        loaded = transformers.AutoModel.from_pretrained(name, add_pooling_layer=False, **options)
     except TypeError:  # an architecture without a pooler does not know the argument
-        return transformers.AutoModel.from_pretrained(name, **options)  # type: ignore[no-any-return]
+        loaded = transformers.AutoModel.from_pretrained(name, **options)
+    encoder, info = loaded
+    return encoder, info
+
+
+def _fresh(info: dict[str, Any]) -> set[str]:
+    """Names of tensors that the checkpoint did not have, or had in another shape.
+
+    Only a head or a pooler may be new. Raises ModelError for a layer or an embedding, which
+    transformers would fill with random numbers.
+    """
+    fresh = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
+    lost = sorted(key for key in fresh if _BODY.search(key))
+    if lost:
+        raise ModelError(
+            f"the model's weights lack {lost[0]!r} and {len(lost) - 1} more, or have them in "
+            "another shape; model.safetensors and config.json are not of the same model"
+        )
+    return fresh
 
 
 def _start_alike(module: nn.Module, new: set[str], num_labels: int) -> None:
@@ -189,7 +213,7 @@ def tokenizer_digest(tokenizer: Any) -> bytes:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         content["rules"] = {
             key: rules.get(key)
-            for key in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor")
+            for key in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
         }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
 

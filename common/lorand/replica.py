@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,4 +135,5 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> No
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """Return a tensor's bytes in row-major order."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(np.asarray(flat.numpy(), np.uint8))
+    array: Any = flat.numpy()  # numpy's types do not say that an array is a buffer
+    return memoryview(array)

@@ -16,7 +16,7 @@ from lorand.v1 import status_pb2 as status
 LINE_EVERY_S: Final = 10.0
 TITLES: Final = {
     "zeroth-order": "Zeroth-order: two forward passes a scalar, one byte a scalar",
-    "first-order": "First-order: one backward pass, 4,096 one-byte scalars",
+    "first-order": "First-order: one backward pass, 8,192 one-byte scalars",
 }
 
 

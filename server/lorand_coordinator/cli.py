@@ -82,7 +82,13 @@ def serve(
     lock = run.with_name("run.lock")
     identity = None
     if lock.exists():
-        identity = Identity.from_lock(lock.read_text(encoding="utf-8"))
+        try:
+            text = lock.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"cannot read {lock}: {error}; write it again with `lr-worker prepare {run}`"
+            ) from error
+        identity = Identity.from_lock(text)
     elif not config.run.adopt_first_worker:
         raise ConfigError(
             f"there is no {lock}; write it with `lr-worker prepare {run}`, "
@@ -164,7 +170,7 @@ def _not_reached(address: str, error: grpc.RpcError) -> ConnectionLost:
 def health(address: Address = "127.0.0.1:7700", json_output: Json = False) -> None:
     """Exit 0 when the coordinator serves, 7 when it does not (gRPC health protocol)."""
     with grpc.insecure_channel(address, transport.channel_options()) as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
         except grpc.RpcError as error:

@@ -107,7 +107,9 @@ class Hub:
             log.info("worker %d left: %s", connection.worker, why)
             self.deliver(self.sequencer.disconnect(connection.worker, self.clock()))
         if connection.outbox.full():
-            connection.outbox.get_nowait()
+            # Never a history with a hole: the worker reads what it lacks when it comes back.
+            while not connection.outbox.empty():
+                connection.outbox.get_nowait()
         connection.outbox.put_nowait(None)
 
     def deliver(self, outgoing: list[Outgoing]) -> None:
@@ -156,9 +158,14 @@ class Hub:
             self.deliver(self.sequencer.tick(now))
 
     def _log_reason(self) -> None:
-        # The countdown changes every second; the sentence before it is what a log wants.
-        reason = self.sequencer.reason.split(", deadline in")[0]
-        if reason != self._last_reason:
-            self._last_reason = reason
-            engine = self.sequencer.engine
-            log.info("round %d, %s: %s", engine.round_index, engine.phase, reason)
+        """Log where the run is, once a round and whenever it waits for something else."""
+        engine = self.sequencer.engine
+        text = self.sequencer.reason.split("; trying again")[0]
+        if engine.phase == "reporting":
+            loss = self.sequencer.tally.loss
+            known = f"; loss of the last {loss:.4f}" if loss is not None else ""
+            text = f"measuring with {len(engine.participants)} workers{known}"
+        line = f"round {engine.round_index}: {text}"
+        if line != self._last_reason:
+            self._last_reason = line
+            log.info("%s", line)

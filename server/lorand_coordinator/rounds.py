@@ -167,8 +167,9 @@ def _take(
         case Reported():
             return _report(state, event)
         case Skipped(worker, round_index):
-            if state.phase == "reporting" and round_index == state.round_index:
-                state = replace(state, skipped=state.skipped | {worker})
+            waited_for = state.participants - state.contributions.keys()
+            if (state.phase, state.round_index) == ("reporting", round_index):
+                state = replace(state, skipped=state.skipped | (waited_for & {worker}))
         case Appended():
             return _appended(state), ()
         case AppendFailed(why):
@@ -200,9 +201,8 @@ def _report(state: State, event: Reported) -> tuple[State, tuple[Effect, ...]]:
 def _present(state: State) -> str:
     if state.phase == "finished":
         return "the run is finished"
-    if state.phase == "reporting":
-        return f"round {state.round_index} is under way"
-    return f"round {state.round_index} is in {state.phase}"
+    progress = {"selection": "has not begun", "reporting": "is under way", "committing": "is over"}
+    return f"round {state.round_index} {progress[state.phase]}"
 
 
 def _appended(state: State) -> State:
@@ -275,12 +275,17 @@ def _needed(settings: Settings, state: State) -> int:
 def reason(settings: Settings, state: State, now: float) -> str:
     """Return a sentence that says why the engine is where it is."""
     if state.phase == "finished":
-        return f"finished: {state.committed} rounds are committed"
+        return f"finished: {state.committed} round{'s' * (state.committed != 1)} committed"
     if state.phase == "committing":
         if state.trouble:
-            wait = max(0.0, (state.retry_at or now) - now)
-            return f"the ledger cannot be written ({state.trouble}); trying again in {wait:.0f} s"
-        return f"committing round {state.round_index}"
+            again = (
+                "now" if state.retry_at is None else f"in {max(0.0, state.retry_at - now):.0f} s"
+            )
+            return f"the ledger cannot be written ({state.trouble}); trying again {again}"
+        if isinstance(state.pending, Finish):
+            return "ending the run"
+        doing = "abandoning" if isinstance(state.pending, Abandon) else "committing"
+        return f"{doing} round {state.round_index}"
     if state.phase == "selection":
         missing = _needed(settings, state) - len(state.members)
         return f"waiting for {missing} more worker{'s' * (missing != 1)} to join"

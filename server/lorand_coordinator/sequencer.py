@@ -26,6 +26,7 @@ from lorand_coordinator.store import Checkpoint, Store, StoreUnavailable
 
 EVALUATIONS_KEPT: Final = 1000
 MAX_REASON: Final = 300
+MAX_NAME: Final = 64
 
 Message = wire.ParticipateResponse
 
@@ -217,8 +218,10 @@ class Sequencer:
                 f"the worker speaks protocol version {hello.protocol_version}, the coordinator "
                 f"{PROTOCOL_VERSION}; install the same release of lorand on both"
             )
-        if not 0 < len(hello.name) <= 64:
-            raise HandshakeError("a worker's name has 1 to 64 characters; choose one with --name")
+        if not 0 < len(hello.name) <= MAX_NAME:
+            raise HandshakeError(
+                f"a worker's name has 1 to {MAX_NAME} characters; choose one with --name"
+            )
         if self._position is None:
             self._adopt(hello)
         assert self._position is not None
@@ -242,8 +245,12 @@ class Sequencer:
                 "the coordinator has no run.lock yet; run `lr-worker prepare run.toml` and put "
                 "run.lock beside it, or set run.adopt_first_worker = true"
             )
+        if (len(hello.base_digest), len(hello.tokenizer_digest)) != (32, 32):
+            raise HandshakeError("the worker's digests are not of 32 bytes; install this release")
         manifest = Manifest.from_json(hello.manifest)
-        self._begin(Identity(hello.base_digest, hello.tokenizer_digest, manifest))
+        identity = Identity(hello.base_digest, hello.tokenizer_digest, manifest)
+        check_identity(hello, ledger.origin(self.config, identity))  # before it is written
+        self._begin(identity)
 
     def _check_history(self, hello: wire.Hello) -> None:
         count = len(self.store)
@@ -287,6 +294,7 @@ class Sequencer:
             aggregation.unpack(self.config, contribution.codes)
         except ContributionError as error:
             return [self._reject(worker, contribution.round_index, str(error))]
+        contribution.DiscardUnknownFields()
         if self.config.rounds.telemetry == "none" or not np.isfinite(contribution.loss):
             contribution.ClearField("loss")
         payload = contribution.SerializeToString(deterministic=True)
@@ -296,6 +304,8 @@ class Sequencer:
         """Append an evaluator's result. Raises HandshakeError or StoreUnavailable."""
         if self._position is None or run_digest != self._position.run_digest:
             raise HandshakeError("the evaluation is of another run than the coordinator's")
+        if len(evaluation.evaluator) > MAX_NAME:
+            raise HandshakeError(f"an evaluator's name has at most {MAX_NAME} characters")
         if not (0 <= evaluation.accuracy <= 1 and np.isfinite(evaluation.loss)):
             raise HandshakeError("an evaluation needs an accuracy in 0 … 1 and a finite loss")
         return self._append(pb.Entry(round_index=self.engine.round_index, evaluation=evaluation))

@@ -10,7 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from lorand import transport
 from lorand.config import PROTOCOL_VERSION
-from lorand.errors import ConfigError, HandshakeError, LedgerError
+from lorand.errors import ConfigError, HandshakeError, LorandError
 from lorand.ledger import coefficients_digest
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import coordination_pb2_grpc as coordination
@@ -52,7 +52,7 @@ class Coordination(coordination.CoordinationServiceServicer):
         """See coordination.proto."""
         try:
             connection = await self._hello(request_iterator)
-        except (HandshakeError, LedgerError, CatchUpFirst, NameInUse, ConfigError) as error:
+        except LorandError as error:
             retry = isinstance(error, StoreUnavailable | CatchUpFirst | NameInUse)
             log.warning("a worker was refused: %s", error)
             yield Message(refusal=wire.Refusal(reason=str(error), retry=retry))
@@ -77,7 +77,9 @@ class Coordination(coordination.CoordinationServiceServicer):
             raise HandshakeError("the first message of a stream must be Hello")
         if self._hub.draining:
             raise CatchUpFirst("the coordinator is shutting down")
-        return self._hub.join(first.hello)
+        connection = self._hub.join(first.hello)
+        self._hub.count(connection.worker).received += first.ByteSize()
+        return connection
 
     async def _read(
         self, connection: Connection, requests: AsyncIterator[wire.ParticipateRequest]
@@ -114,6 +116,8 @@ class Ledger(ledger_service.LedgerServiceServicer):
                 yield page
             if not request.follow:
                 return
+            if self._hub.draining:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the coordinator is shutting down")
             try:
                 await asyncio.wait_for(grown.wait(), FOLLOW_POLL_S)
             except TimeoutError:

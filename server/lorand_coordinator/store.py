@@ -7,9 +7,10 @@ computed here and checked as a whole when the file is opened.
 import fcntl
 import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final, Protocol
+from typing import IO, Any, Final, Protocol
 
 from lorand.errors import LedgerError
 from lorand.ledger import GENESIS, entry_digest
@@ -89,23 +90,29 @@ class SqliteStore:
             raise LedgerError(f"there is no ledger at {path}")
         if not read_only and self._path != ":memory:":
             self._lock = _lock(Path(path))
-        try:
-            self._database = self._connect(read_only)
-            self._head = self._check_chain()
-        except sqlite3.DatabaseError as error:
-            raise LedgerError(
-                f"{path} cannot be used as a ledger: {error}; restore it from a backup, or move it "
-                "away to start a new run"
-            ) from error
+        with ExitStack() as undo:
+            if self._lock is not None:
+                undo.callback(self._lock.close)
+            try:
+                self._database = self._open(read_only)
+                undo.callback(self._database.close)
+                self._prepare(read_only)
+                self._head = self._check_chain()
+            except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: a damaged schema
+                raise LedgerError(
+                    f"{path} cannot be used as a ledger: {error}; restore it from a backup, or "
+                    "move it away to start a new run"
+                ) from error
+            undo.pop_all()
 
-    def _connect(self, read_only: bool) -> sqlite3.Connection:
+    def _open(self, read_only: bool) -> sqlite3.Connection:
         if read_only:
             uri = Path(self._path).resolve().as_uri() + "?mode=ro"
-            database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5)
-        else:
-            database = sqlite3.connect(
-                self._path, isolation_level=None, timeout=5, check_same_thread=False
-            )
+            return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=5)
+        return sqlite3.connect(self._path, isolation_level=None, timeout=5, check_same_thread=False)
+
+    def _prepare(self, read_only: bool) -> None:
+        database = self._database
         found = database.execute("PRAGMA application_id").fetchone()[0]
         tables = database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if found != _APPLICATION_ID and (tables or read_only):
@@ -116,20 +123,34 @@ class SqliteStore:
             if found != _APPLICATION_ID:  # before the tables: a crash between leaves a ledger
                 database.execute(f"PRAGMA application_id={_APPLICATION_ID}")
             database.executescript(_SCHEMA)
-        return database
 
     def _check_chain(self) -> bytes:
         head, count = GENESIS, 0
         rows = self._database.execute("SELECT sequence, body, digest FROM entry ORDER BY sequence")
         for sequence, body, digest in rows:
-            if sequence != count or entry_digest(head, body) != digest:
+            typed = isinstance(body, bytes)
+            if not typed or sequence != count or entry_digest(head, body) != digest:
                 raise LedgerError(
                     f"{self._path}: the hash chain breaks at entry {count}; the file was damaged "
                     "or edited: restore it from a backup"
                 )
             head, count = digest, count + 1
+        self._check_end(count)
         self._count = count
         return head
+
+    def _check_end(self, count: int) -> None:
+        """Raise LedgerError when entries are missing at the end: a chain cannot tell."""
+        (beyond,) = self._rows(
+            "SELECT (SELECT count(*) FROM contribution WHERE sequence >= ?1)"
+            " + (SELECT count(*) FROM checkpoint WHERE sequence >= ?1)",
+            count,
+        )[0]
+        if beyond:
+            raise LedgerError(
+                f"{self._path}: entries are missing from {count} on; the file was damaged or "
+                "edited: restore it from a backup"
+            )
 
     def append(self, entry: pb.Entry, contributions: Sequence[bytes] = ()) -> tuple[bytes, bytes]:
         """See Store.append."""
@@ -148,10 +169,21 @@ class SqliteStore:
                     "INSERT INTO contribution VALUES (?, ?, ?)",
                     [(self._count, i, part) for i, part in enumerate(contributions)],
                 )
-        except sqlite3.OperationalError as error:
-            raise StoreUnavailable(f"{error}; free space at {self._path}") from error
+        except sqlite3.Error as error:
+            if not self._has(digest):
+                raise StoreUnavailable(f"{error}; free space at {self._path}") from error
         self._head, self._count = digest, self._count + 1
         return body, digest
+
+    def _has(self, digest: bytes) -> bool:
+        """Whether the next entry is there already: a commit that reported failure may be done."""
+        try:
+            row = self._database.execute(
+                "SELECT digest FROM entry WHERE sequence = ?", (self._count,)
+            ).fetchone()
+        except sqlite3.Error:
+            return False
+        return not self._database.in_transaction and row is not None and row[0] == digest
 
     def __len__(self) -> int:
         """See Store."""
@@ -165,27 +197,30 @@ class SqliteStore:
         """See Store."""
         if sequence < 0:
             return GENESIS
-        row = self._database.execute(
-            "SELECT digest FROM entry WHERE sequence = ?", (sequence,)
-        ).fetchone()
-        return bytes(row[0])
+        rows = self._rows("SELECT digest FROM entry WHERE sequence = ?", sequence)
+        if not rows:
+            raise LedgerError(f"{self._path} has no entry {sequence}; restore it from a backup")
+        return bytes(rows[0][0])
 
     def entries(self, start: int = 0, limit: int | None = None) -> Iterator[bytes]:
         """See Store. Reads in pages, so that a long history is never in memory whole."""
         stop = self._count if limit is None else min(self._count, start + limit)
         while start < stop:
-            rows = self._database.execute(
+            rows = self._rows(
                 "SELECT body FROM entry WHERE sequence >= ? AND sequence < ? ORDER BY sequence",
-                (start, min(stop, start + PAGE)),
-            ).fetchall()
+                start,
+                min(stop, start + PAGE),
+            )
+            if not rows:
+                raise LedgerError(f"{self._path} lost entry {start}; restore it from a backup")
             for (body,) in rows:
                 yield bytes(body)
             start += len(rows)
 
     def contributions(self, sequence: int) -> list[bytes]:
         """See Store."""
-        rows = self._database.execute(
-            "SELECT body FROM contribution WHERE sequence = ? ORDER BY position", (sequence,)
+        rows = self._rows(
+            "SELECT body FROM contribution WHERE sequence = ? ORDER BY position", sequence
         )
         return [bytes(body) for (body,) in rows]
 
@@ -208,18 +243,25 @@ class SqliteStore:
                     "DELETE FROM checkpoint WHERE sequence NOT IN "
                     "(SELECT sequence FROM checkpoint ORDER BY sequence DESC LIMIT 2)"
                 )
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             raise StoreUnavailable(f"{error}; free space at {self._path}") from error
 
     def newest_checkpoint(self) -> Checkpoint | None:
         """See Store."""
-        row = self._database.execute(
-            "SELECT * FROM checkpoint ORDER BY sequence DESC LIMIT 1"
-        ).fetchone()
-        if row is None:
+        rows = self._rows("SELECT * FROM checkpoint ORDER BY sequence DESC LIMIT 1")
+        if not rows:
             return None
-        sequence, head, committed, coefficients, state = row
+        sequence, head, committed, coefficients, state = rows[0]
         return Checkpoint(sequence, bytes(head), committed, bytes(coefficients), bytes(state))
+
+    def _rows(self, query: str, *parameters: int) -> list[tuple[Any, ...]]:
+        """Return what a query finds. Raises LedgerError for damage found on the way."""
+        try:
+            return self._database.execute(query, parameters).fetchall()
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise LedgerError(
+                f"{self._path} cannot be read: {error}; restore it from a backup"
+            ) from error
 
     def close(self) -> None:
         """See Store."""

@@ -221,13 +221,14 @@ TWO_STACKS: Final = [
         (LLAMA, "last:3", LLAMA[1 + 2 * 29 :]),
         (BARE, "last:2", ["layers.1.w", "layers.2.w", "head.weight"]),
         (TWO_STACKS, "last:1", ["model.layers.10.w", "head.weight"]),
+        (["h.0.w", "between.w", "h.1.w", "after.w"], "last:1", ["h.1.w", "after.w"]),
         (BERT, "name:classifier", ["classifier.weight", "classifier.bias"]),
         (BERT, r"name:\.layer\.(10|11)\..*query",
          [f"bert.encoder.layer.{n}.attention.self.query.weight" for n in (10, 11)]),
         (GPT, "name:ln_f|score", GPT[-3:]),
         (LLAMA, "name:^model.norm", ["model.norm.weight"]),
     ],
-    ids=["bert 1", "bert all layers", "gpt 2", "llama 3", "bare", "deepest stack",
+    ids=["bert 1", "bert all layers", "gpt 2", "llama 3", "bare", "deepest stack", "between",
          "bert head", "bert regex", "gpt either", "llama anchored"],
 )  # fmt: skip
 def test_trainable_rules(names: list[str], rule: str, expected: list[str]) -> None:

@@ -87,9 +87,10 @@ def test_the_weights_of_a_ledger_are_normative(
 def test_any_order_any_backend_any_time_of_joining(family: Family, data: st.DataObject) -> None:
     """One replica followed and measured, one was elsewhere, one joins at the end: same bits."""
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    most = 64 if family == "hadamard" else 6  # a pass a direction
     updates: list[tuple[Indices, Coefficients]] = [
         (rng.permutation(64)[:count], rng.integers(-(2**24), 2**24, count, dtype=np.int64))
-        for count in data.draw(st.lists(st.integers(1, 64), min_size=1, max_size=4))
+        for count in data.draw(st.lists(st.integers(1, most), min_size=1, max_size=4))
     ]
     follower = replica_of(family, BACKENDS[0])
     for indices, delta in updates:
@@ -160,7 +161,7 @@ def test_perturb_then_restore_returns_exactly_the_same_bits(
 ) -> None:
     """DESIGN §1: restore is w(A), never a subtraction; A itself stays."""
     replica = replica_of(family, backend)
-    replica.set(random_coefficients(2))
+    replica.set(add(zeros(64), [1, 17, 40], random_coefficients(2)[:3]))
     before, coefficients = bits(replica), replica.coefficients.copy()
     for index in (0, 17, 63):
         for quanta in (42949673, -42949673):

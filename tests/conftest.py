@@ -1,0 +1,41 @@
+"""What tests of several folders share: a tiny model and its data, made once a session."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.commands import Nursery
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT encoder of three layers without a head."""
+    return tiny.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def own_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT that was saved with its own classification head."""
+    return tiny.write_model(tmp_path_factory.mktemp("own"), "own")
+
+
+@pytest.fixture(scope="session")
+def roberta_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Roberta encoder; its own head has two layers, and the checkpoint has none of them."""
+    return tiny.write_model(tmp_path_factory.mktemp("roberta"), "roberta")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Training files of three domains, and `test`."""
+    return tiny.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Starts workers without their seconds of imports."""
+    starter = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield starter
+    starter.close()

@@ -1,0 +1,165 @@
+"""Contributions of a round → one gradient estimate, whatever order they came in (DESIGN §3)."""
+
+from typing import Any, Final, Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.runs import codes_of, config_of
+
+from lorand import codec
+from lorand.codec import Floats
+from lorand.directions import Draws
+from lorand.errors import ContributionError
+from lorand_coordinator.aggregation import Estimate, Report, aggregate, unpack
+
+RUN: Final = bytes(range(32))
+SCALE: Final = -4
+
+
+def reports_of(
+    workers: list[int], examples: list[int] | None = None, **changes: Any
+) -> dict[int, Report]:
+    config = config_of(**changes)
+    counts = examples or [0] * len(workers)
+    return {w: Report(codes_of(config, w), n) for w, n in zip(workers, counts, strict=True)}
+
+
+def estimate_of(
+    reports: dict[int, Report],
+    *,
+    mode: Literal["shared", "own"] = "shared",
+    weighting: str = "equal",
+    round_index: int = 5,
+    count: int = 3,
+) -> Estimate:
+    config = config_of(
+        directions={"mode": mode},
+        rounds={"weighting": weighting},
+        estimator={"directions_per_round": count},
+    )
+    return aggregate(config, draws_of(mode, count), round_index, SCALE, reports)
+
+
+def draws_of(mode: Literal["shared", "own"], count: int = 3) -> Draws:
+    return Draws(RUN, mode, 64, count)
+
+
+def values_of(reports: dict[int, Report]) -> Floats:
+    """The decoded scalars, a row a worker."""
+    return np.array([reports[w].codes * 2.0**SCALE for w in sorted(reports)])
+
+
+# ------------------------------------------------------------- shared directions
+
+
+def test_the_estimate_is_the_mean_at_the_rounds_directions() -> None:
+    reports = reports_of([1, 2, 9])
+    estimate = estimate_of(reports)
+    assert estimate.indices.tolist() == draws_of("shared").of(5, 0).tolist()
+    assert estimate.values == pytest.approx(values_of(reports).mean(axis=0))
+    assert estimate.measured == 3
+
+
+def test_by_examples_is_the_mean_over_examples() -> None:
+    """Federated averaging: as if every example had been measured at one place."""
+    reports = reports_of([1, 2, 9], [1, 10, 989])
+    estimate = estimate_of(reports, weighting="examples")
+    weights = np.array([1, 10, 989]) / 1000
+    assert estimate.values == pytest.approx(weights @ values_of(reports))
+    assert estimate.measured == 3
+
+
+def test_equal_weighting_ignores_examples() -> None:
+    with_examples = estimate_of(reports_of([1, 2], [1, 1000]))
+    assert with_examples.values.tolist() == estimate_of(reports_of([1, 2])).values.tolist()
+
+
+def test_workers_without_any_examples_count_alike() -> None:
+    nobody = estimate_of(reports_of([1, 2], [0, 0]), weighting="examples")
+    assert nobody.values.tolist() == estimate_of(reports_of([1, 2])).values.tolist()
+
+
+# ------------------------------------------------------------- own directions
+
+
+def test_own_scalars_stand_at_their_own_directions() -> None:
+    reports = reports_of([1, 2])
+    estimate = estimate_of(reports, mode="own")
+    dense = np.zeros(64)
+    for worker, values in zip([1, 2], values_of(reports), strict=True):
+        np.add.at(dense, draws_of("own").of(5, worker), values)
+    assert len(set(estimate.indices.tolist())) == len(estimate.indices)
+    assert dense[estimate.indices] == pytest.approx(estimate.values)
+    assert dense.sum() == pytest.approx(estimate.values.sum())
+    assert estimate.measured == 6
+
+
+def test_where_two_drew_the_same_direction_their_scalars_add() -> None:
+    """Twenty of 64 directions, three workers: some are drawn twice."""
+    reports = reports_of([1, 2, 3], estimator={"directions_per_round": 20})
+    estimate = estimate_of(reports, mode="own", count=20)
+    drawn = [draws_of("own", 20).of(5, worker).tolist() for worker in (1, 2, 3)]
+    assert len(estimate.indices) == len({k for row in drawn for k in row}) < 60
+    assert estimate.measured == 60
+    for place, k in enumerate(estimate.indices.tolist()):
+        parts = [
+            values[row.index(k)]
+            for row, values in zip(drawn, values_of(reports), strict=True)
+            if k in row
+        ]
+        assert estimate.values[place] == pytest.approx(sum(parts))
+
+
+def test_own_by_examples() -> None:
+    reports = reports_of([1, 2], [1, 3])
+    weighted = estimate_of(reports, mode="own", weighting="examples")
+    dense = np.zeros(64)
+    for worker, weight, values in zip([1, 2], [0.5, 1.5], values_of(reports), strict=True):
+        np.add.at(dense, draws_of("own").of(5, worker), weight * values)
+    assert weighted.values == pytest.approx(dense[weighted.indices])
+
+
+# ------------------------------------------------------------- any round
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.permutations([1, 2, 3, 7, 40]),
+    st.sampled_from(["shared", "own"]),
+    st.sampled_from(["equal", "examples"]),
+)
+def test_the_order_of_arrival_is_irrelevant(
+    arrival: list[int], mode: Literal["shared", "own"], weighting: str
+) -> None:
+    """To the bit: a restarted coordinator reads them in another order than they came."""
+    sorted_reports = reports_of([1, 2, 3, 7, 40], [5, 3, 11, 2, 8])
+    arrived = {worker: sorted_reports[worker] for worker in arrival}
+    first = estimate_of(sorted_reports, mode=mode, weighting=weighting)
+    second = estimate_of(arrived, mode=mode, weighting=weighting)
+    assert second.indices.tolist() == first.indices.tolist()
+    assert second.values.tobytes() == first.values.tobytes()
+
+
+def test_nobody_is_an_error() -> None:
+    with pytest.raises(ContributionError, match="without contributions"):
+        estimate_of({})
+
+
+@pytest.mark.parametrize("up", ["int8", "sign", "int32"])
+def test_unpack_takes_a_contribution_of_the_run(up: codec.Codec) -> None:
+    config = config_of(codec={"up": up})
+    codes = codes_of(config, 0)
+    packed = codec.pack(up, codes)
+    assert unpack(config, packed).tolist() == codes.tolist()
+    with pytest.raises(ContributionError, match=f"3 {up} codes take"):
+        unpack(config, packed + b"\0")
+
+
+def test_a_first_order_contribution_has_the_whole_pool() -> None:
+    config = config_of(estimator={"kind": "backprop"})
+    assert config.num_directions == 64
+    assert len(unpack(config, bytes(64))) == 64
+    with pytest.raises(ContributionError):
+        unpack(config, bytes(3))
