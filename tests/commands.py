@@ -264,6 +264,21 @@ class Room:
         return exported
 
 
+class MakeRoom:
+    """Makes rooms in one folder."""
+
+    def __init__(self, folder: Path, model: Path, data: dict[str, Path], starter: Starter) -> None:
+        """Keep what rooms have in common."""
+        self._folder, self._model, self._data, self._starter = folder, model, data, starter
+
+    def __call__(
+        self, content: tiny.Settings, *, model: Path | None = None, starter: Starter | None = None
+    ) -> Room:
+        """Make one."""
+        folder = self._folder / content["run"]["name"]
+        return Room(folder, content, model or self._model, self._data, starter or self._starter)
+
+
 def status(address: str) -> pb.GetStatusResponse | None:
     """Return a coordinator's status; None where none answers."""
     with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.commands import Nursery
+from tests.commands import MakeRoom, Nursery
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +39,11 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     starter = Nursery(tmp_path_factory.mktemp("nursery"))
     yield starter
     starter.close()
+
+
+@pytest.fixture
+def make_room(
+    tmp_path: Path, tiny_model: Path, tiny_data: dict[str, Path], nursery: Nursery
+) -> MakeRoom:
+    """Makes rooms in this test's folder: run file, model, data and processes of a run."""
+    return MakeRoom(tmp_path, tiny_model, tiny_data, nursery)

@@ -43,8 +43,10 @@ def unpack(codec: Codec, data: bytes, count: int) -> Codes:
             f"{count} {codec} codes take {num_bytes(codec, count)} bytes, not {len(data)}"
         )
     if codec == "sign":
-        bits = np.unpackbits(np.frombuffer(data, np.uint8), count=count, bitorder="little")
-        return 1 - 2 * bits.astype(np.int64)
+        bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+        if bits[count:].any():
+            raise ContributionError("the unused bits of the last byte must be zero")
+        return 1 - 2 * bits[:count].astype(np.int64)
     codes = np.frombuffer(data, "<i1" if codec == "int8" else "<i4").astype(np.int64)
     if codes.size and int(codes.min()) < -LARGEST[codec]:
         raise ContributionError(f"{int(codes.min())} is not an {codec} code")
@@ -73,8 +75,9 @@ def decode(codec: Codec, codes: Codes, scale_exponent: int) -> Floats:
 def next_scale_exponent(codec: Codec, scale_exponent: int, codes: Codes) -> int:
     """Return the public scale of the next round, from this round's committed codes alone.
 
-    int8 keeps the codes' root mean square near TARGET_RMS: a step of at most ±1 once they are in
-    range, four at once while they are all zero or mostly clipped. Other codecs do not adapt.
+    int8 moves the codes' root mean square towards TARGET_RMS: up by one and down by up to three
+    powers of two a round, by four down while nearly all are zero, by three up while most are
+    clipped. Other codecs do not adapt.
     """
     if codec != "int8" or codes.size == 0:
         return scale_exponent
@@ -115,8 +118,10 @@ def quantise_delta(codec: Codec, wanted: Floats) -> tuple[int, Codes]:
 
 def delta(scale: int, codes: Codes) -> Coefficients:
     """Return ΔA = scale · codes in int64. Raises ContributionError when it could overflow."""
-    if not 0 <= scale < 2**40:
-        raise ContributionError(f"a delta's scale lies in 0 … 2^40, not {scale}")
-    if scale * int(np.abs(codes).max(initial=0)) >= MAGNITUDE_LIMIT:
-        raise ContributionError(f"a delta of scale {scale} times its codes overflows")
+    largest = int(np.abs(codes).max(initial=0))
+    if not 0 <= scale < MAGNITUDE_LIMIT or scale * largest >= MAGNITUDE_LIMIT:
+        raise ContributionError(
+            f"an update of scale {scale} times codes up to {largest} is above the limit 2^62; "
+            "lower the learning rate or quantum_exponent"
+        )
     return codes * np.int64(scale)

@@ -125,7 +125,7 @@ def run_digest(config_digest: bytes, identity: Identity) -> bytes:
     ).digest()
 
 
-_LAYER = re.compile(r"^(?P<stack>.*?\.?(?:layer|layers|h|block|blocks))\.(?P<index>\d+)\.")
+_LAYER = re.compile(r"^(?P<stack>(?:.*?\.)?(?:layer|layers|h|block|blocks))\.(?P<index>\d+)\.")
 
 
 def select_trainable(names: list[str], rule: str) -> list[str]:

@@ -46,7 +46,15 @@ class Replica:
         self.restore()  # w(0) differs from w0 where a base weight is −0.0
 
     def set(self, coefficients: Coefficients) -> None:
-        """Adopt A and materialise it: one pass over the weights, whatever K is."""
+        """Adopt A, shape (K,), and materialise it: one pass over the weights, whatever K is.
+
+        The array is kept, not copied: coefficients are never changed in place. Raises ValueError
+        when A is of another pool size, LedgerError when its sums could overflow.
+        """
+        if coefficients.shape != (self.pool.size,):
+            raise ValueError(
+                f"coefficients of shape {coefficients.shape} on a pool of {self.pool.size}"
+            )
         self._materialise(coefficients)
         self.coefficients = coefficients
 
@@ -120,7 +128,7 @@ class Replica:
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
-    """Raise ModelError unless the tensors are exactly those of the manifest."""
+    """Raise ModelError unless the manifest's tensors are among these, with its shapes and dtypes."""
     for spec in manifest.tensors:
         tensor = tensors.get(spec.name)
         if tensor is None:

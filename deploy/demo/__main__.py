@@ -152,10 +152,10 @@ class Demo:
         return worker
 
     async def _evaluator(self, stack: AsyncExitStack, address: str) -> Process:
-        data, every = str(self._folder / "test.csv"), "5" if "first" in str(self._folder) else "15"
+        data = str(self._folder / "test.csv")
         evaluator = await self._process(
             "evaluator",
-            *("lr-worker", "evaluate", address, "--data", data, "--follow", "--every", every),
+            *("lr-worker", "evaluate", address, "--data", data, "--follow", "--every", "10"),
             *("--name", "held-out", "--model", self._model, "--threads", "1", "--device", "cpu"),
         ).start()
         stack.push_async_callback(evaluator.stop)
@@ -225,7 +225,7 @@ def summary(outcomes: dict[str, Outcome]) -> dict[str, Any]:
 
 async def demo(folder: Path) -> int:
     """Run both runs; return the exit code."""
-    console = Console()
+    console = Console(record=True)
     model_folder = model.folder()
     shutil.rmtree(folder, ignore_errors=True)
     outcomes = {}
@@ -235,6 +235,7 @@ async def demo(folder: Path) -> int:
     result = summary(outcomes)
     Path("demo-summary.json").write_text(json.dumps(result, indent=1) + "\n")
     screen.table(console, result)
+    console.save_svg(str(folder / "demo.svg"), title="make demo")
     return 0 if result["digests_agree"] else 1
 
 

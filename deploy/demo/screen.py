@@ -14,6 +14,9 @@ from rich.text import Text
 from lorand.v1 import status_pb2 as status
 
 LINE_EVERY_S: Final = 10.0
+NEXT: Final = """With your own data, and the model by its hub name (sentence-transformers/all-MiniLM-L6-v2):
+  lr-coordinator init && lr-worker prepare run.toml && lr-coordinator serve run.toml
+  lr-worker join 127.0.0.1:7700 --data reviews.csv --seed-pool"""
 TITLES: Final = {
     "zeroth-order": "Zeroth-order: two forward passes a scalar, one byte a scalar",
     "first-order": "First-order: one backward pass, 8,192 one-byte scalars",
@@ -127,7 +130,8 @@ def table(console: Console, result: dict[str, Any]) -> None:
         console.print("THE REPLICAS DIFFER: this must never happen; please report it.")
     for run in runs:
         console.print(f"adapter: {run['adapter']}")
-    console.print("wrote demo-summary.json. On your own data: lr-coordinator init, then README.md.")
+    console.print("wrote demo-summary.json\n")
+    console.print(NEXT, markup=False, highlight=False)
 
 
 def _digest(result: dict[str, Any], name: str) -> str:

@@ -275,12 +275,12 @@ def _needed(settings: Settings, state: State) -> int:
 def reason(settings: Settings, state: State, now: float) -> str:
     """Return a sentence that says why the engine is where it is."""
     if state.phase == "finished":
-        return f"finished: {state.committed} round{'s' * (state.committed != 1)} committed"
+        are = "rounds are" if state.committed != 1 else "round is"
+        return f"finished: {state.committed} {are} committed"
     if state.phase == "committing":
         if state.trouble:
-            again = (
-                "now" if state.retry_at is None else f"in {max(0.0, state.retry_at - now):.0f} s"
-            )
+            wait = max(0.0, (now if state.retry_at is None else state.retry_at) - now)
+            again = f"in {wait:.0f} s" if wait else "now"
             return f"the ledger cannot be written ({state.trouble}); trying again {again}"
         if isinstance(state.pending, Finish):
             return "ending the run"

@@ -335,7 +335,7 @@ class Sequencer:
                 return [self._reject(worker, round_index, why)], []
         try:
             return self._append_outcome(effect), [rounds.Appended()]
-        except LedgerError as error:
+        except (LedgerError, ContributionError) as error:  # the latter: an update too large
             return [], [rounds.AppendFailed(str(error))]
 
     def _append_outcome(self, effect: rounds.Append) -> list[Outgoing]:

@@ -17,7 +17,7 @@ from lorand.replica import tensor_bytes
 from lorand.v1 import ledger_pb2 as pb
 from lorand_worker.link import Link
 from tests import tiny
-from tests.commands import Command, Nursery, Room, Starter, committed, start, status, wait_for
+from tests.commands import Command, MakeRoom, Room, committed, start, status, wait_for
 
 QUICK: dict[str, dict[str, Any]] = {
     # One round waits until the late worker has joined, so its deadline is far away.
@@ -28,33 +28,9 @@ SPSA: dict[str, dict[str, Any]] = {**QUICK, "run": {"rounds": 24}}
 BACKPROP: dict[str, dict[str, Any]] = {
     **QUICK,
     "run": {"rounds": 60},
-    "optimizer": {"learning_rate": 0.003},
+    "optimizer": {"learning_rate": 0.001},
+    "estimator": {"batch_size": 16},
 }
-
-
-@pytest.fixture
-def make_room(
-    tmp_path: Path, tiny_model: Path, tiny_data: dict[str, Path], nursery: Nursery
-) -> "MakeRoom":
-    """Make rooms in this test's folder."""
-    return MakeRoom(tmp_path, tiny_model, tiny_data, nursery)
-
-
-class MakeRoom:
-    """Makes rooms in one folder."""
-
-    def __init__(
-        self, folder: Path, model: Path, data: dict[str, Path], starter: Starter
-    ) -> None:
-        """Keep what rooms have in common."""
-        self._folder, self._model, self._data, self._starter = folder, model, data, starter
-
-    def __call__(
-        self, content: tiny.Settings, *, model: Path | None = None, starter: Starter | None = None
-    ) -> Room:
-        """Make one."""
-        folder = self._folder / content["run"]["name"]
-        return Room(folder, content, model or self._model, self._data, starter or self._starter)
 
 
 def kinds(room: Room) -> list[str]:
@@ -134,8 +110,9 @@ def test_late_or_early_everyone_ends_with_the_same_bits(
     ]
     assert last == {"accuracy": posted[-1].accuracy, "loss": posted[-1].loss, "examples": 60}
     if room.config.estimator.kind == "backprop":
-        assert posted[0].accuracy <= 0.6
-        assert posted[-1].accuracy >= 0.9, "it learned"
+        assert posted[0].loss == pytest.approx(np.log(2), abs=1e-6), "a new head knows nothing"
+        assert posted[-1].accuracy >= 0.7, "it learned"
+        assert posted[-1].loss < 0.6
 
 
 def connected(address: str, name: str) -> bool:
@@ -313,9 +290,7 @@ def test_interrupted_and_terminated_it_leaves_cleanly_and_goes_on(make_room: Mak
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["spsa", "backprop"])
-def test_with_nothing_but_the_commands_of_the_manual(
-    make_room: MakeRoom, kind: Any
-) -> None:
+def test_with_nothing_but_the_commands_of_the_manual(make_room: MakeRoom, kind: Any) -> None:
     """As a user types it: every process is a console command, started from nothing."""
     room = make_room(tiny.settings(kind), starter=start)
     room.once("lr-worker", "prepare", room.run, "--model", room.model)

@@ -4,12 +4,12 @@ A line that is neither a comment nor indented is a command; what is indented und
 `-> effect` in order, then the reason. After a change that is meant to change them, record them anew
 with `pytest tests/transcripts --rewrite` and read the diff.
 
-    run rounds=2 quorum=2 [start_with=N]    settings; a round's deadline is 10 s, a retry's pause 5 s
-    join W, leave W                         a worker connects, or its connection ends
-    report W round=R payload=TEXT           a contribution
-    skip W round=R                          a worker sits the round out
-    appended, append-failed WHY             the caller's answer to commit, abandon and finish
-    tick +S                                 S seconds pass
+    run rounds=2 quorum=2 [start_with=N]   settings; deadlines are 10 s, pauses before a retry 5 s
+    join W, leave W                        a worker connects, or its connection ends
+    report W round=R payload=TEXT          a contribution
+    skip W round=R                         a worker sits the round out
+    appended, append-failed WHY            the caller's answer to commit, abandon and finish
+    tick +S                                S seconds pass
 """
 
 from collections.abc import Iterator

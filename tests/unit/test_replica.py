@@ -1,9 +1,11 @@
 """A replica's weights are f(base, A), bit for bit, however it got there (DESIGN §1, §5.4)."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Final
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -31,6 +33,17 @@ MANIFEST: Final = Manifest(
         TensorSpec("c.scale", (), "float32"),
     )
 )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors; on a busy machine, threads that wait for each other cost a minute."""
+    before = numba.get_num_threads(), torch.get_num_threads()
+    numba.set_num_threads(1)
+    torch.set_num_threads(1)
+    yield
+    numba.set_num_threads(before[0])
+    torch.set_num_threads(before[1])
 
 
 def tensors_of(manifest: Manifest = MANIFEST, *, zero: bool = False) -> dict[str, torch.Tensor]:
@@ -70,6 +83,7 @@ def random_coefficients(seed: int, size: int = 64) -> Coefficients:
         ("hadamard", "89b3ce219a9eadca9f475855dc3696677db508ec4040395a2b88dac371587e2a"),
         ("independent", "573583df74f36de0c9f30b7fa4260c0278689bcee9a7b9ee26919e30100aa839"),
     ],
+    ids=FAMILIES,
 )
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 def test_the_weights_of_a_ledger_are_normative(

@@ -1,0 +1,55 @@
+"""The run file that `lr-coordinator init` writes, and what the documents promise."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from lorand.config import RunConfig
+from lorand_coordinator import cli as coordinator
+from lorand_worker import cli as worker
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def written(tmp_path: Path) -> Path:
+    target = tmp_path / "run.toml"
+    result = CliRunner().invoke(coordinator.app, ["init", str(target)])
+    assert result.exit_code == 0, result.output
+    return target
+
+
+def test_template_is_a_valid_run_with_every_setting_spelled_out(tmp_path: Path) -> None:
+    text = written(tmp_path).read_text(encoding="utf-8")
+    config = RunConfig.parse(text)
+    found = tomllib.loads(text)
+    for section, fields in config.model_dump().items():
+        assert set(found[section]) == set(fields), section
+
+
+def test_template_states_the_defaults(tmp_path: Path) -> None:
+    found = tomllib.loads(written(tmp_path).read_text(encoding="utf-8"))
+    for name in ("directions", "codec", "service"):
+        assert RunConfig.model_fields[name].default.model_dump() == found[name]
+
+
+def test_init_keeps_an_existing_file(tmp_path: Path) -> None:
+    target = written(tmp_path)
+    target.write_text("mine", encoding="utf-8")
+    assert CliRunner().invoke(coordinator.app, ["init", str(target)]).exit_code != 0
+    assert target.read_text(encoding="utf-8") == "mine"
+
+
+def test_readme_names_only_commands_and_files_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    known = {
+        "lr-coordinator": {c.name or "" for c in coordinator.app.registered_commands}
+        | {c.callback.__name__ for c in coordinator.app.registered_commands if c.callback}
+        | {"ledger"},
+        "lr-worker": {c.callback.__name__ for c in worker.app.registered_commands if c.callback},
+    }
+    for program, command in re.findall(r"(lr-coordinator|lr-worker) ([a-z]+)", readme):
+        assert command in known[program], f"{program} {command}"
+    for target in re.findall(r"\]\(([\w./-]+)\)", readme):
+        assert (ROOT / target).exists(), target
