@@ -6,17 +6,12 @@ simulated is the network; `tests/end_to_end` runs the same parts over real gRPC.
 """
 
 import os
-import platform
 import random
-import subprocess
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from lorand import codec
 from lorand.config import RunConfig
@@ -108,29 +103,3 @@ def subset(examples: Examples, indices: Sequence[int]) -> Examples:
     return Examples(
         tuple(examples.texts[i] for i in indices), tuple(examples.labels[i] for i in indices)
     )
-
-
-def provenance() -> dict[str, Any]:
-    """Return hardware, versions and commit, for a results file."""
-    import numba
-    import transformers
-
-    def first(command: list[str]) -> str:
-        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-        return result.stdout.strip()
-
-    models = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "cpu": f"{len(models)} x {models[0]}" if models else platform.processor(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "numba": numba.__version__,
-        "transformers": transformers.__version__,
-        "commit": first(["git", "rev-parse", "--short", "HEAD"]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }

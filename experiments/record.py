@@ -16,6 +16,7 @@ import torch
 
 from experiments import federation
 from experiments.federation import Point
+from experiments.provenance import provenance
 from lorand import codec
 from lorand.config import RunConfig
 from lorand_worker.data import Examples
@@ -62,7 +63,7 @@ class Experiment:
                 config, shards, scored, seed=seed, evaluate_at=evaluate_at, report=_show
             )
             entry |= {"row": row, "workers": len(shards), **payload(config, len(shards))}
-            entry["provenance"] = federation.provenance()
+            entry["provenance"] = provenance()
             entry["seeds"][str(seed)] = {
                 "accuracy": {str(p.committed): round(p.score.accuracy, 5) for p in points},
                 "loss": {str(p.committed): round(p.score.loss, 5) for p in points},

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc
+from experiments.provenance import provenance
 from rich.console import Console
 
 from deploy.demo import model, screen
@@ -217,6 +218,7 @@ def summary(outcomes: dict[str, Outcome]) -> dict[str, Any]:
     result: dict[str, Any] = {
         name: {key: getattr(outcome, key) for key in kept} for name, outcome in outcomes.items()
     }
+    result["provenance"] = provenance()
     result["digests_agree"] = all(outcome.digests_agree for outcome in outcomes.values())
     result["digests"] = {name: outcome.digests for name, outcome in outcomes.items()}
     result["adapter_bytes"] = max(outcome.adapter_bytes for outcome in outcomes.values())
@@ -225,17 +227,19 @@ def summary(outcomes: dict[str, Outcome]) -> dict[str, Any]:
 
 async def demo(folder: Path) -> int:
     """Run both runs; return the exit code."""
-    console = Console(record=True)
+    console = Console()
     model_folder = model.folder()
     shutil.rmtree(folder, ignore_errors=True)
-    outcomes = {}
+    outcomes, panels = {}, []
     for run in ("zeroth-order", "first-order"):
         with screen.Screen(console, run) as view:
             outcomes[run.replace("-", "_")] = await Demo(run, folder, model_folder, view).go()
+            if view.panel is not None:
+                panels.append(view.panel)
     result = summary(outcomes)
     Path("demo-summary.json").write_text(json.dumps(result, indent=1) + "\n")
     screen.table(console, result)
-    console.save_svg(str(folder / "demo.svg"), title="make demo")
+    screen.picture(folder / "demo.svg", panels, result)
     return 0 if result["digests_agree"] else 1
 
 

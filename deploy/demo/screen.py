@@ -1,6 +1,9 @@
 """What the demo shows: a live panel a run, and the table at the end."""
 
+import io
+import re
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -14,7 +17,8 @@ from rich.text import Text
 from lorand.v1 import status_pb2 as status
 
 LINE_EVERY_S: Final = 10.0
-NEXT: Final = """With your own data, and the model by its hub name (sentence-transformers/all-MiniLM-L6-v2):
+PICTURE_WIDTH: Final = 100
+NEXT: Final = """With your own data (a hub has the model as sentence-transformers/all-MiniLM-L6-v2):
   lr-coordinator init && lr-worker prepare run.toml && lr-coordinator serve run.toml
   lr-worker join 127.0.0.1:7700 --data reviews.csv --seed-pool"""
 TITLES: Final = {
@@ -32,6 +36,8 @@ class Screen:
         self._title = TITLES[run]
         self._live = Live(console=console, refresh_per_second=4) if console.is_terminal else None
         self._last = 0.0
+        self._shown = ""
+        self.panel: Panel | None = None
 
     def __enter__(self) -> Self:
         """Begin to draw."""
@@ -55,12 +61,15 @@ class Screen:
 
     def update(self, answer: status.GetStatusResponse, moved: dict[str, tuple[int, int]]) -> None:
         """Show a status and the bytes on each worker's socket (sent, received)."""
+        self.panel = self._panel(answer, moved)
         if self._live:
-            self._live.update(self._panel(answer, moved))
+            self._live.update(self.panel)
             return
-        if time.monotonic() - self._last > LINE_EVERY_S or answer.phase == "finished":
-            self._last = time.monotonic()
-            self._console.print(f"  {_line(answer)}, {answer.reason}")
+        line = f"  {_line(answer)}; {answer.reason}"
+        due = time.monotonic() - self._last > LINE_EVERY_S or answer.phase == "finished"
+        if due and line != self._shown:
+            self._last, self._shown = time.monotonic(), line
+            self._console.print(line, soft_wrap=True)
 
     def _panel(self, answer: status.GetStatusResponse, moved: dict[str, tuple[int, int]]) -> Panel:
         table = Table(box=None, pad_edge=False)
@@ -75,8 +84,10 @@ class Screen:
                 f"{sent:,} B",
                 f"{received:,} B",
             )
-        bar = ProgressBar(total=answer.rounds, completed=answer.committed, width=60)
-        curve = "  ".join(f"{e.committed}: {e.accuracy:.3f}" for e in answer.evaluations[-7:])
+        bar = Table.grid()  # a bar alone does not end its line
+        bar.add_row(ProgressBar(total=answer.rounds, completed=answer.committed, width=60))
+        points = [f"{e.committed}: {e.accuracy:.3f}" for e in answer.evaluations]
+        curve = "  ".join(points if len(points) <= 6 else [points[0], "…", *points[-4:]])
         return Panel(
             Group(
                 bar,
@@ -88,6 +99,16 @@ class Screen:
             title_align="left",
             width=100,
         )
+
+
+def picture(path: Path, panels: list[Panel], result: dict[str, Any]) -> None:
+    """Write the last panels and the table as an SVG picture that loads nothing from outside."""
+    console = Console(record=True, file=io.StringIO(), force_terminal=True, width=PICTURE_WIDTH)
+    for panel in panels:
+        console.print(panel)
+    table(console, result)
+    svg = console.export_svg(title="make demo")
+    path.write_text(re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL), encoding="utf-8")
 
 
 def _line(answer: status.GetStatusResponse) -> str:
@@ -131,7 +152,7 @@ def table(console: Console, result: dict[str, Any]) -> None:
     for run in runs:
         console.print(f"adapter: {run['adapter']}")
     console.print("wrote demo-summary.json\n")
-    console.print(NEXT, markup=False, highlight=False)
+    console.print(NEXT, markup=False, highlight=False, soft_wrap=True)
 
 
 def _digest(result: dict[str, Any], name: str) -> str:

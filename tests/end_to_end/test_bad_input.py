@@ -43,9 +43,14 @@ LIMIT_S = 30.0
 
 def two(**changes: dict[str, Any]) -> tiny.Settings:
     """A zeroth-order run of two workers, long enough that no test sees its end."""
-    content = tiny.settings("spsa", run={"rounds": 1000}, rounds={"start_with": 2}, **changes)
-    content["model"]["name"] = "none"
-    return content
+    basis: tiny.Settings = {
+        "run": {"rounds": 1000},
+        "model": {"name": "none"},
+        "rounds": {"start_with": 2},
+    }
+    sections = [*basis, *(name for name in changes if name not in basis)]
+    merged = {name: {**basis.get(name, {}), **changes.get(name, {})} for name in sections}
+    return tiny.settings("spsa", **merged)
 
 
 class Peer:
@@ -200,12 +205,14 @@ def test_a_ledger_that_was_damaged(make_room: MakeRoom) -> None:
     assert code == 6
     assert "is cut off; export the ledger again" in text
     database = sqlite3.connect(room.ledger)
-    database.execute("UPDATE contribution SET body = body || x'00' WHERE position = 1")
+    database.execute(
+        "UPDATE contribution SET body = CAST(body || x'00' AS BLOB) WHERE position = 1"
+    )
     database.commit()
     code, text = room.failure("lr-coordinator", "ledger", "verify", room.ledger)
     assert code == 6
     assert "are not those it was made of" in text
-    database.execute("UPDATE entry SET body = body || x'00' WHERE sequence = 2")
+    database.execute("UPDATE entry SET body = CAST(body || x'00' AS BLOB) WHERE sequence = 2")
     database.commit()
     database.close()
     for command in (("ledger", "verify", room.ledger), ("serve", room.run)):
@@ -352,7 +359,7 @@ def test_who_is_not_let_in(make_room: MakeRoom) -> None:
 
 def test_the_first_worker_cannot_poison_a_run_that_adopts_it(make_room: MakeRoom) -> None:
     """A Hello that contradicts itself is refused before entry 0 is written from it."""
-    room = make_room(two(run={"adopt_first_worker": True, "rounds": 9, "name": "adopting"}))
+    room = make_room(two(run={"adopt_first_worker": True}))
     with room.coordinator() as (coordinator, address):
         good = hello(ledger.origin(room.config, IDENTITY), "one")
         for changes in (
@@ -414,6 +421,7 @@ def test_contributions_that_do_not_fit_are_rejected_and_the_run_goes_on(
         for peer in (one, other):
             assert peer.until("round_start").round_start.round_index == 2
             peer.report(2, seed=peer.worker)
+        for peer in (one, other):
             peer.until_committed(2)
         assert one.position.head == other.position.head
         assert "Traceback" not in coordinator.errors()

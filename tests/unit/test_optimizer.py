@@ -266,10 +266,11 @@ def test_one_bit_applies_what_was_lost_later() -> None:
     assert moved[7] / moved[0] == pytest.approx(5.0, rel=0.05)
 
 
-def test_an_update_too_large_for_its_codes_is_an_error() -> None:
-    """A scale at or above 2^40, or a total of 2^62: refused before anything is written."""
-    for rate in (1e6, 1e30):
-        config = run_of({**SGD, "learning_rate": rate}, down="int8")
+@pytest.mark.parametrize("down", ["int8", "sign", "int32"])
+def test_an_update_too_large_for_its_codes_is_an_error(down: Codec) -> None:
+    """One code or their total at 2^62 or above: refused before anything is written."""
+    for rate in (2e9, 1e12, 1e30):
+        config = run_of({**SGD, "learning_rate": rate}, down=down)
         state, draws = optimizer.start(config), config.draws(RUN)
         with pytest.raises((ContributionError, LedgerError)):
             optimizer.advance(config, draws, state, 1, {1: report(scalars(1, 8))})

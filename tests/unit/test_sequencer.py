@@ -35,10 +35,13 @@ class FickleStore(SqliteStore):
     def __init__(self) -> None:
         super().__init__(":memory:")
         self.full = False
+        self.appends_left: int | None = None
 
     def append(self, entry: pb.Entry, contributions: Sequence[bytes] = ()) -> tuple[bytes, bytes]:
-        if self.full:
+        if self.full or self.appends_left == 0:
             raise StoreUnavailable("disk full; free space")
+        if self.appends_left is not None:
+            self.appends_left -= 1
         return super().append(entry, contributions)
 
 
@@ -194,9 +197,7 @@ def test_everyone_connected_hears_of_a_member_before_it_is_welcomed(room: Room) 
 def test_a_rolled_back_ledger_is_noticed(room: Room) -> None:
     """The worker has seen more than the coordinator holds: it must not be overwritten."""
     ahead = replace(room.position, next_sequence=5, head=b"\7" * 32)
-    with pytest.raises(
-        HandshakeError, match=r"applied 5 entries, .* ledger holds 1: .*rolled back"
-    ):
+    with pytest.raises(HandshakeError, match=r"applied 5 entries, .* holds 1: .*rolled back"):
         room.sequencer.admit(hello(ahead, "ada"))
 
 
@@ -247,9 +248,7 @@ def test_the_first_workers_identity_is_adopted_where_the_run_allows_it() -> None
 def test_without_a_lock_and_a_permission_nobody_is_admitted() -> None:
     room = Room(config_of(), None)
     with closing(room.store):
-        with pytest.raises(
-            HandshakeError, match=r"run.lock.*lr-worker prepare.*adopt_first_worker"
-        ):
+        with pytest.raises(HandshakeError, match=r"run.lock.*prepare.*adopt_first_worker"):
             room.sequencer.admit(first_hello(room, "ada"))
         assert len(room.store) == 0
 
@@ -469,15 +468,16 @@ def test_workers_may_come_and_go_meanwhile(busy: Room) -> None:
     assert_same(busy.restart(), busy.sequencer)
 
 
-def test_an_update_too_large_for_its_codes_holds_the_run_and_says_so() -> None:
+@pytest.mark.parametrize("rate", [2e9, 1e12, 1e30])
+def test_an_update_too_large_holds_the_run_and_says_so(rate: float) -> None:
     """It is no reason to hang without a word, nor to end the coordinator."""
-    room = Room(config_of(optimizer={"learning_rate": 1e9}))
+    room = Room(config_of(optimizer={"learning_rate": rate}))
     with closing(room.store):
         room.join("ada")
         room.join("ben")
         room.report(1)
         assert room.report(2) == []
-        assert "a delta's scale lies in 0" in room.sequencer.reason
+        assert "above the limit 2^62; lower the learning rate" in room.sequencer.reason
         assert len(room.store) == 3
         assert room.wait(5.0) == []
         assert "trying again in 5 s" in room.sequencer.reason
@@ -490,21 +490,14 @@ def test_other_outcomes_are_tried_again_too(outcome: str) -> None:
         room.join("ada")
         room.join("ben")
         if outcome == "finish":
-            store_append = room.store.append
+            room.store.appends_left = 1  # the commit's
             room.report(1)
-
-            def full_after_one(entry: pb.Entry, parts: Sequence[bytes] = ()) -> tuple[bytes, bytes]:
-                room.store.full, done = True, store_append(entry, parts)
-                return done
-
-            room.store.append = full_after_one  # type: ignore[method-assign]
             assert entries(room.report(2)) == [(1, "commit"), (2, "commit")]
-            del room.store.append  # type: ignore[method-assign]
         else:
             room.store.full = True
             assert room.wait(10.0) == []
         assert "cannot be written" in room.sequencer.reason
-        room.store.full = False
+        room.store.full, room.store.appends_left = False, None
         assert entries(room.wait(5.0)) == [(1, outcome), (2, outcome)]
         assert_same(room.restart(), room.sequencer)
 
@@ -583,26 +576,29 @@ def known(sequencer: Sequencer) -> dict[int, tuple[str, int]]:
     return {w: (a.name, a.contributions) for w, a in sequencer.tally.accounts.items()}
 
 
-ACTIONS: Final = st.one_of(
-    st.builds(lambda n: lambda r: r.join(n), st.sampled_from(NAMES)),
-    st.builds(lambda w: lambda r: known_worker(r, w, r.leave), st.integers(1, 3)),
+Action = Callable[[Room], object]
+WORKERS: Final = st.integers(1, 3)
+REPORTS: Final[st.SearchStrategy[Action]] = st.builds(
+    lambda worker, seed: lambda room: if_known(room, worker, lambda: room.report(worker, seed)),
+    WORKERS,
+    st.integers(1, 2),
+)
+ACTIONS: Final[st.SearchStrategy[Action]] = st.one_of(
+    REPORTS,
+    REPORTS,
+    st.builds(lambda name: lambda room: room.join(name), st.sampled_from(NAMES)),
     st.builds(
-        lambda w, s: lambda r: known_worker(r, w, lambda k: r.report(k, s)),
-        *[st.integers(1, 3)] * 2,
+        lambda worker: lambda room: if_known(room, worker, lambda: room.leave(worker)), WORKERS
     ),
-    st.builds(
-        lambda w, s: lambda r: known_worker(r, w, lambda k: r.report(k, s)),
-        *[st.integers(1, 3)] * 2,
-    ),
-    st.builds(lambda s: lambda r: r.wait(s), st.sampled_from([0.1, 5.0, 10.0])),
-    st.just(lambda r: r.sequencer.post_evaluation(evaluation(), r.position.run_digest)),
-    st.just(lambda r: setattr(r.store, "full", not r.store.full)),
+    st.builds(lambda seconds: lambda room: room.wait(seconds), st.sampled_from([0.1, 5.0, 10.0])),
+    st.just(lambda room: room.sequencer.post_evaluation(evaluation(), room.position.run_digest)),
+    st.just(lambda room: setattr(room.store, "full", not room.store.full)),
 )
 
 
-def known_worker(room: Room, worker: int, then: Callable[[int], object]) -> None:
+def if_known(room: Room, worker: int, then: Callable[[], object]) -> None:
     if worker in room.sequencer.tally.accounts:
-        then(worker)
+        then()
 
 
 @settings(deadline=None, max_examples=60)
@@ -613,7 +609,7 @@ def known_worker(room: Room, worker: int, then: Callable[[int], object]) -> None
     st.lists(ACTIONS, max_size=50),
 )
 def test_reopening_anywhere_gives_the_live_state(
-    kind: str, mode: str, checkpoint_every: int, actions: list[Callable[[Room], object]]
+    kind: str, mode: str, checkpoint_every: int, actions: list[Action]
 ) -> None:
     """After every event, with checkpoints or without; writing nothing in between."""
     room = Room(

@@ -1,0 +1,123 @@
+"""The coordinator's disk: a real SQLite file that outlives its process, and what can go wrong.
+
+Faults are injected where SQLite commits, so everything above it, the store included, is real.
+"""
+
+import random
+import shutil
+import sqlite3
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from lorand_coordinator.store import SqliteStore
+
+Fault = Literal["full", "told it failed", "crash before", "crash during", "crash after"]
+CRASHES: Final[tuple[Fault, ...]] = ("crash before", "crash during", "crash after")
+
+
+class Crash(BaseException):
+    """The coordinator's process ends here; no code of it runs after this."""
+
+
+class Disk:
+    """The files of one ledger. `full` and `lying` are conditions, `next_crash` happens once."""
+
+    def __init__(self, folder: Path, template: Path, rng: random.Random) -> None:
+        """Begin with a copy of an empty ledger (making one waits for a real disk)."""
+        self.full = False
+        self.lying = False
+        self.next_crash: Fault | None = None
+        self.faults: Counter[str] = Counter()
+        self.forgets = False
+        self._folder, self._rng = folder, rng
+        self._copies = 0
+        self._log_sizes = (0, 0)
+        self._path = folder / "0.ledger"
+        shutil.copy(template, self._path)
+
+    def open(self) -> "SimulatedStore":
+        """Return a store on what is on the disk, as a new process does."""
+        store = SimulatedStore(self._path)
+        store.connection.disk = self
+        store.connection.execute("PRAGMA synchronous = OFF")  # nobody pulls the plug here
+        return store
+
+    def crash(self, store: SqliteStore, crashed: Fault | None = None) -> None:
+        """Keep what a kill -9 leaves: the bytes written so far, the last write perhaps torn."""
+        self._copies += 1
+        target = self._folder / f"{self._copies}.ledger"
+        shutil.copy(self._path, target)
+        if self._log(self._path).exists():
+            written = self._log(self._path).read_bytes()
+            before, after = self._log_sizes
+            if crashed == "crash during":
+                written = written[: self._rng.randrange(before, after)]
+            elif self.forgets:
+                written = written[:before]
+            self._log(target).write_bytes(written)
+        store.close()
+        for old in self._folder.glob(self._path.name + "*"):
+            old.unlink()
+        self._path = target
+
+    def fate(self) -> Fault | None:
+        """Return what happens to the transaction that is about to commit."""
+        fault: Fault | None = None
+        if self.next_crash is not None:
+            fault, self.next_crash = self.next_crash, None
+        elif self.full:
+            fault = "full"
+        elif self.lying:
+            fault = self._rng.choice(["full", "told it failed", None])
+        if fault is not None:
+            self.faults[fault] += 1
+        return fault
+
+    def commit(self, database: sqlite3.Connection) -> None:
+        """Commit, and note which bytes of the log that took."""
+        before = self._log_size()
+        database.commit()
+        self._log_sizes = (before, self._log_size())
+
+    def _log(self, path: Path) -> Path:
+        return path.with_name(path.name + "-wal")
+
+    def _log_size(self) -> int:
+        log = self._log(self._path)
+        return log.stat().st_size if log.exists() else 0
+
+
+class FaultyConnection(sqlite3.Connection):
+    """A connection on a simulated disk."""
+
+    disk: Disk | None = None
+
+    def __exit__(self, kind: Any, value: Any, traceback: Any) -> Literal[False]:
+        """Commit, fail, or be the last thing the process did."""
+        if self.disk is None or kind is not None:
+            return super().__exit__(kind, value, traceback)
+        fault = self.disk.fate()
+        if fault in ("full", "crash before"):
+            self.rollback()
+        else:
+            self.disk.commit(self)
+        if fault in CRASHES:
+            raise Crash(fault)
+        if fault is not None:
+            told = "database or disk is full" if fault == "full" else "disk I/O error"
+            raise sqlite3.OperationalError(told)
+        return False
+
+
+class SimulatedStore(SqliteStore):
+    """The real store on a faulty connection."""
+
+    connection: FaultyConnection
+
+    def _open(self, read_only: bool) -> sqlite3.Connection:
+        assert not read_only
+        self.connection = sqlite3.connect(
+            self._path, isolation_level=None, factory=FaultyConnection
+        )
+        return self.connection

@@ -1,0 +1,115 @@
+"""A worker's data file, and the batches drawn from it."""
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorand.config import TaskSection
+from lorand.errors import DataError
+from lorand_worker.data import Examples, Sampler, load, missing_labels
+
+TASK = TaskSection(labels=("bad", "good", "7"))
+
+
+def written(folder: Path, name: str, content: str | bytes) -> Path:
+    """A data file with this content."""
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'text,label\n"one, ""quoted""\nline",good\nÜber, bad \n'),
+        ("a.csv", '\ufefftext,label\r\n"one, ""quoted""\nline",good\r\nÜber,bad\r\n'),
+        ("a.csv", 'id,label,text\n1,good,"one, ""quoted""\nline"\n2,bad,Über\n'),
+        ("a.TSV", 'text\tlabel\n"one, ""quoted""\nline"\tgood\nÜber\tbad\n'),
+        (
+            "a.jsonl",
+            '{"text": "one, \\"quoted\\"\\nline", "label": "good"}\n\n'
+            '{"label": "bad", "text": "Über", "more": [1]}\n',
+        ),
+    ],
+)
+def test_the_formats(tmp_path: Path, name: str, content: str) -> None:
+    examples = load(written(tmp_path, name, content), TASK)
+    assert examples == Examples(('one, "quoted"\nline', "Über"), (1, 0))
+    assert len(examples) == 2
+    assert missing_labels(examples, TASK) == ["7"]
+
+
+def test_columns_can_be_named_and_labels_be_numbers(tmp_path: Path) -> None:
+    task = TASK.model_copy(update={"text_column": "review", "label_column": "stars"})
+    path = written(tmp_path, "a.jsonl", '{"review": "x", "stars": 7}\n')
+    assert load(path, task) == Examples(("x",), (2,))
+    assert missing_labels(load(path, task), task) == ["bad", "good"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentences"),
+    [
+        ("a.csv", "", ["holds no examples"]),
+        ("a.csv", "text,label\n", ["holds no examples; give a file with at least one"]),
+        ("a.jsonl", "\n", ["holds no examples"]),
+        ("a.csv", "txt,label\nx,good\n", ["line 2", "'text' and 'label'", "'txt'", "rename them"]),
+        ("a.csv", "text;label\nx;good\n", ["'text;label'", "task.text_column"]),
+        ("a.csv", "text,label\nx\n", ["line 2", "are needed"]),
+        ("a.csv", "text,label\nx,good\ny,fine\n", ["line 3: the label 'fine' is not", "bad, good"]),
+        ("a.csv", 'text,label\n" ",good\n', ["line 2: the text is empty; remove the line"]),
+        ("a.csv", b"text,label\n\xff,good\n", ["cannot read the data file", "utf-8"]),
+        ("a.csv", 'text,label\n"x,good\n', ["cannot read the data file", "unexpected end"]),
+        ("a.csv", "text,label\n" + "x" * 200_000 + ",good\n", ["field larger than"]),
+        ("a.jsonl", '{"text": "x"', ["line 1: not JSON"]),
+        ("a.jsonl", "[1]\n", ["line 1: each line must be one JSON object"]),
+        ("a.jsonl", '{"text": "x"}\n', ["line 1", "'label' are needed"]),
+        ("a.txt", "text,label\n", ["must end in .csv, .tsv or .jsonl"]),
+    ],
+)
+def test_what_is_wrong_is_said(
+    tmp_path: Path, name: str, content: str | bytes, sentences: list[str]
+) -> None:
+    path = written(tmp_path, name, content)
+    with pytest.raises(DataError) as caught:
+        load(path, TASK)
+    assert caught.value.exit_code == 3
+    for sentence in [str(path), *sentences]:
+        assert sentence in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot read the data file .*none.csv"):
+        load(tmp_path / "none.csv", TASK)
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(DataError, match="cannot read the data file"):
+        load(tmp_path / "folder.csv", TASK)
+
+
+def test_a_file_that_is_too_large_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorand_worker.data.MAX_FILE_BYTES", 10)
+    with pytest.raises(DataError, match="give the worker a smaller shard"):
+        load(written(tmp_path, "a.csv", "text,label\nx,good\n"), TASK)
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**32))
+def test_an_epoch_never_repeats_an_example(count: int, batch_size: int, seed: int) -> None:
+    """Batches of an epoch are distinct; what is left at its end is too little for another one."""
+    sampler = Sampler(count, batch_size, random.Random(seed))
+    size = min(batch_size, count)
+    for _ in range(3):
+        epoch = [index for _ in range(count // size) for index in sampler.batch()]
+        assert len(set(epoch)) == len(epoch) == count // size * size
+        assert set(epoch) <= set(range(count))
+
+
+def test_batches_are_unpredictable_unless_a_source_is_given() -> None:
+    assert isinstance(Sampler(4, 2)._source, random.SystemRandom)
+    first, again = (Sampler(100, 50, random.Random(1)).batch() for _ in range(2))
+    assert first == again
+    assert first != sorted(first)
