@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
 import grpc
+from tests import tiny
 
 from lorand import ledger
 from lorand.config import RunConfig
 from lorand.v1 import status_pb2 as pb
 from lorand.v1 import status_pb2_grpc as service
 from lorand_coordinator import show
-from tests import tiny
 
 BIN: Final = Path(sys.executable).parent
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -150,7 +150,7 @@ class Nursery:
         with self._log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, str(ROOT / "tests" / "nursery.py")],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stderr=errors,
                 env=ENVIRONMENT,
             )
@@ -181,13 +181,10 @@ class Nursery:
         return Command(json.loads(answer), output, log, wait)
 
     def close(self) -> None:
-        """End it and all that it started."""
+        """End it; what it started was ended by whoever asked for it."""
         self._socket.close()
-        try:
-            self._process.wait(LIMIT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(LIMIT_S)
+        self._process.kill()
+        self._process.wait(LIMIT_S)
 
 
 class Room:
@@ -249,11 +246,11 @@ class Room:
         """Start a worker on the data of its name."""
         return self.start("lr-worker", *self.join_arguments(address, name, data), *arguments)
 
-    def join_arguments(self, address: str, name: str, data: str = "") -> tuple[object, ...]:
+    def join_arguments(self, address: str, name: str, data: str = "") -> tuple[str, ...]:
         """Return the arguments of a worker's command."""
         return (
-            *("join", address, "--data", self.data[data or name], "--name", name, "--json"),
-            *("--model", self.model, "--device", "cpu", "--threads", 1),
+            *("join", address, "--data", str(self.data[data or name]), "--name", name, "--json"),
+            *("--model", str(self.model), "--device", "cpu", "--threads", "1"),
         )
 
     def export(self) -> Path:

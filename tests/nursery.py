@@ -30,11 +30,11 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     children: dict[int, int] = {}
     while True:
-        ready, _, _ = select.select([server, woken], [], [])
+        ready, _, _ = select.select([server.fileno(), woken], [], [])
         if woken in ready:
             os.read(woken, 512)
             _reap(children)
-        if server in ready:
+        if server.fileno() in ready:
             message, descriptors, _, _ = socket.recv_fds(server, 1 << 16, 3)
             if not message:
                 break

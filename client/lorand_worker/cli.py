@@ -305,7 +305,7 @@ def with_optional_value(arguments: list[str], option: str, default: str) -> list
     ['join', '--seed-pool', 'any', '--json']
     """
     result = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         result.append(argument)
         if argument == option and not following.isdigit():
             result.append(default)

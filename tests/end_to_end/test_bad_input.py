@@ -16,6 +16,9 @@ from typing import Any, Self
 import grpc
 import numpy as np
 import pytest
+from tests import tiny
+from tests.commands import Command, MakeRoom, Room, committed, free_port, status, wait_for
+from tests.runs import IDENTITY, contribution, hello
 
 from lorand import ledger
 from lorand.coefficients import Coefficients
@@ -34,9 +37,6 @@ from lorand_coordinator.store import SqliteStore
 from lorand_worker.estimators import Measurement, NonFiniteLoss
 from lorand_worker.link import Link
 from lorand_worker.session import Session
-from tests import tiny
-from tests.commands import Command, MakeRoom, Room, committed, free_port, status, wait_for
-from tests.runs import IDENTITY, contribution, hello
 
 LIMIT_S = 30.0
 
@@ -253,7 +253,7 @@ def test_a_worker_that_does_not_fit_says_why(
     data = tiny.write_csv(tmp_path / "data.csv", [("fine", "positive"), ("so so", "neutral")])
 
     def refused(address: str, *arguments: object) -> tuple[int, str]:
-        return room.failure(*("lr-worker", *room.join_arguments(address, "hotels"), *arguments))
+        return room.failure("lr-worker", *room.join_arguments(address, "hotels"), *arguments)
 
     with room.coordinator() as (_, address):
         for arguments, code, sentences in [
@@ -299,6 +299,9 @@ class OtherVersion(coordination.CoordinationServiceServicer):
     def GetRun(self, request: wire.GetRunRequest, context: Any) -> wire.GetRunResponse:
         return wire.GetRunResponse(protocol_version=PROTOCOL_VERSION + 1)
 
+    def Participate(self, request_iterator: Any, context: Any) -> Any:
+        context.abort(grpc.StatusCode.INTERNAL, "nobody comes this far")
+
 
 def test_a_coordinator_of_another_version(make_room: MakeRoom) -> None:
     room = make_room(two())
@@ -335,7 +338,7 @@ def test_who_is_not_let_in(make_room: MakeRoom) -> None:
             peer.close()
             return answer
 
-        for changes, sentence in [
+        cases: list[tuple[dict[str, Any], str]] = [
             ({"protocol_version": 9}, "speaks protocol version 9, the coordinator 1; install"),
             ({"name": ""}, "a worker's name has 1 to 64 characters"),
             ({"base_digest": b"\7" * 32}, "the worker's base weights (0707070707070707) is not"),
@@ -344,7 +347,8 @@ def test_who_is_not_let_in(make_room: MakeRoom) -> None:
             ({"run_digest": b"\7" * 32}, "use the coordinator's run file"),
             ({"next_sequence": 5, "head": b"\7" * 32}, "it was rolled back; restore the ledger"),
             ({"next_sequence": 1, "head": b"\7" * 32}, "the histories differ at entry 0"),
-        ]:
+        ]
+        for changes, sentence in cases:
             request = wire.Hello()
             request.CopyFrom(good)
             for name, value in changes.items():

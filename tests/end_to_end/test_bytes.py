@@ -8,6 +8,9 @@ from typing import Final
 
 import numpy as np
 import pytest
+from tests import tiny
+from tests.commands import MakeRoom, status
+from tests.runs import IDENTITY, hello
 
 from lorand import ledger
 from lorand.coefficients import Coefficients
@@ -21,9 +24,6 @@ from lorand_worker.estimators import Measurement
 from lorand_worker.link import Link
 from lorand_worker.participant import Participant
 from lorand_worker.session import Session
-from tests import tiny
-from tests.commands import MakeRoom, status
-from tests.runs import IDENTITY, hello
 
 WORKERS: Final = (1, 2, 3)
 POOL: Final = 4096

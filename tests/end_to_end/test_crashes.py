@@ -9,12 +9,12 @@ from contextlib import ExitStack
 from typing import Final
 
 import pytest
+from tests import tiny
+from tests.commands import Command, MakeRoom, Room, Starter, free_port, start, status, wait_for
 
 from lorand import ledger
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator.store import SqliteStore
-from tests import tiny
-from tests.commands import Command, MakeRoom, Room, Starter, free_port, start, status, wait_for
 
 COORDINATOR_KILLS: Final = 30
 WORKER_KILLS: Final = 20

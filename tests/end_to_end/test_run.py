@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from tests import tiny
+from tests.commands import Command, MakeRoom, Room, committed, start, status, wait_for
 
 from lorand import adapter, ledger
 from lorand.coefficients import zeros
 from lorand.replica import tensor_bytes
 from lorand.v1 import ledger_pb2 as pb
 from lorand_worker.link import Link
-from tests import tiny
-from tests.commands import Command, MakeRoom, Room, committed, start, status, wait_for
 
 QUICK: dict[str, dict[str, Any]] = {
     # One round waits until the late worker has joined, so its deadline is far away.
@@ -105,9 +105,7 @@ def test_late_or_early_everyone_ends_with_the_same_bits(
         assert coordinator.end()[0] == 0
     assert_same_bits(room, results)
     posted = evaluations(room)
-    assert [e.committed for e in posted] == [*range(0, room.config.run.rounds, 4)] + [
-        room.config.run.rounds
-    ]
+    assert [e.committed for e in posted] == list(range(0, room.config.run.rounds + 1, 4))
     assert last == {"accuracy": posted[-1].accuracy, "loss": posted[-1].loss, "examples": 60}
     if room.config.estimator.kind == "backprop":
         assert posted[0].loss == pytest.approx(np.log(2), abs=1e-6), "a new head knows nothing"

@@ -1,5 +1,6 @@
 """What must hold after a run, whatever happened in it (invariants of DESIGN §5, notes §3)."""
 
+from contextlib import closing
 from itertools import chain
 
 from tests.simulation.world import World
@@ -28,12 +29,11 @@ def check(world: World) -> Position:
     end = check_commits(world, store, bodies)
     check_everyone(world, sequencer, end)
     world.disk.crash(store)
-    reopened = world.disk.open()
-    again = Sequencer(world.config, reopened, None)
+    with closing(world.disk.open()) as reopened:
+        again = Sequencer(world.config, reopened, None)
     assert again.position is not None
     assert again.position.head == end.head, "I1: lost at the very end"
     assert again._optimizer.feedback.tobytes() == sequencer._optimizer.feedback.tobytes()
-    reopened.close()
     return end
 
 

@@ -14,6 +14,7 @@ from lorand_coordinator.store import SqliteStore
 
 Fault = Literal["full", "told it failed", "crash before", "crash during", "crash after"]
 CRASHES: Final[tuple[Fault, ...]] = ("crash before", "crash during", "crash after")
+FAULTS: Final[tuple[Fault, ...]] = ("full", "told it failed", *CRASHES)
 
 
 class Crash(BaseException):
@@ -23,16 +24,18 @@ class Crash(BaseException):
 class Disk:
     """The files of one ledger. `full` and `lying` are conditions, `next_crash` happens once."""
 
+    forgets = False
+    """Whether a crash undoes the last write: no disk that the ledger could be safe on."""
+
     def __init__(self, folder: Path, template: Path, rng: random.Random) -> None:
         """Begin with a copy of an empty ledger (making one waits for a real disk)."""
         self.full = False
         self.lying = False
         self.next_crash: Fault | None = None
         self.faults: Counter[str] = Counter()
-        self.forgets = False
         self._folder, self._rng = folder, rng
         self._copies = 0
-        self._log_sizes = (0, 0)
+        self._log_before = b""
         self._path = folder / "0.ledger"
         shutil.copy(template, self._path)
 
@@ -48,14 +51,12 @@ class Disk:
         self._copies += 1
         target = self._folder / f"{self._copies}.ledger"
         shutil.copy(self._path, target)
-        if self._log(self._path).exists():
-            written = self._log(self._path).read_bytes()
-            before, after = self._log_sizes
-            if crashed == "crash during":
-                written = written[: self._rng.randrange(before, after)]
-            elif self.forgets:
-                written = written[:before]
-            self._log(target).write_bytes(written)
+        log = self._read_log()
+        if crashed == "crash during":
+            log = self._torn(self._log_before, log)
+        elif self.forgets:
+            log = self._log_before
+        self._log(target).write_bytes(log)
         store.close()
         for old in self._folder.glob(self._path.name + "*"):
             old.unlink()
@@ -74,18 +75,24 @@ class Disk:
             self.faults[fault] += 1
         return fault
 
-    def commit(self, database: sqlite3.Connection) -> None:
-        """Commit, and note which bytes of the log that took."""
-        before = self._log_size()
+    def commit(self, database: sqlite3.Connection, fault: Fault | None) -> None:
+        """Commit; keep what SQLite's log was before where that is wanted."""
+        if self.forgets or fault == "crash during":
+            self._log_before = self._read_log()
         database.commit()
-        self._log_sizes = (before, self._log_size())
 
     def _log(self, path: Path) -> Path:
         return path.with_name(path.name + "-wal")
 
-    def _log_size(self) -> int:
+    def _read_log(self) -> bytes:
         log = self._log(self._path)
-        return log.stat().st_size if log.exists() else 0
+        return log.read_bytes() if log.exists() else b""
+
+    def _torn(self, before: bytes, after: bytes) -> bytes:
+        """Return a log of which only some of the last write reached the disk."""
+        changed = next(i for i, b in enumerate(after) if before[i : i + 1] != bytes([b]))
+        cut = self._rng.randrange(changed, len(after))
+        return after[:cut] + before[cut:]
 
 
 class FaultyConnection(sqlite3.Connection):
@@ -101,7 +108,7 @@ class FaultyConnection(sqlite3.Connection):
         if fault in ("full", "crash before"):
             self.rollback()
         else:
-            self.disk.commit(self)
+            self.disk.commit(self, fault)
         if fault in CRASHES:
             raise Crash(fault)
         if fault is not None:

@@ -6,18 +6,30 @@ LORAND_SIM_SEEDS sets how many; a failure prints how to see it again and what ha
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
+import numpy as np
 import pytest
 from tests.simulation.checks import check
-from tests.simulation.world import World
+from tests.simulation.disk import FAULTS, Disk
+from tests.simulation.world import MISFORTUNES, World
 
-from lorand.ledger import Position
-from lorand_coordinator.store import SqliteStore
+from lorand.coefficients import Coefficients
+from lorand.ledger import Position, entry_digest
+from lorand.v1 import ledger_pb2 as pb
+from lorand_coordinator import sequencer, snapshot
+from lorand_coordinator.hub import Connection, Hub
+from lorand_coordinator.optimizer import State
+from lorand_coordinator.store import SqliteStore, StoreUnavailable
 
 SEEDS: Final = int(os.environ.get("LORAND_SIM_SEEDS", "200"))
 HERE: Final = "tests/simulation/test_simulation.py::test_a_run_survives_its_faults"
+
+
+OF_THE_NETWORK: Final = ["late on another connection", "stale answer", "loss is nan"]
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +66,124 @@ def live(seed: int, template: Path, *, faulty: bool = True) -> tuple[World, Posi
 def test_a_run_survives_its_faults(seed: int, template: Path, faults: Counter[str]) -> None:
     world, _ = live(seed, template)
     faults.update(world.faults + world.disk.faults)
+    faults["runs"] += 1
+
+
+def test_everything_that_can_go_wrong_did(faults: Counter[str]) -> None:
+    """A fault that no seed meets is not tested."""
+    if faults["runs"] < 100:
+        pytest.skip("too few seeds ran before")
+    assert set(faults) == {"runs", *MISFORTUNES, *FAULTS, *OF_THE_NETWORK}
+    assert min(faults.values()) >= faults["runs"] / 10
+
+
+def test_a_seed_is_a_history(template: Path) -> None:
+    """Else a failure could not be seen again."""
+    first, second = (live(7, template) for _ in range(2))
+    assert first[1].head == second[1].head
+    assert (first[0].now, first[0].faults) == (second[0].now, second[0].faults)
+
+
+def test_without_faults_a_run_commits_every_round_and_learns(template: Path) -> None:
+    for seed in range(5):
+        world, end = live(seed, template, faulty=False)
+        rounds = world.config.run.rounds
+        assert end.next_sequence == 1 + len(world.workers) + rounds + 1
+        assert world.now < 3 + 2 * rounds
+
+
+# ------------------------------------------------------------- would it notice?
+
+
+def forgetful_disk(patch: pytest.MonkeyPatch) -> None:
+    """The last write before a crash was never on the disk (synchronous = OFF, and a power cut)."""
+    patch.setattr(Disk, "forgets", True)
+
+
+def hasty_store(patch: pytest.MonkeyPatch) -> None:
+    """An entry counts as appended although the disk was full."""
+    append = SqliteStore.append
+
+    def hasty(
+        self: SqliteStore, entry: pb.Entry, parts: Sequence[bytes] = ()
+    ) -> tuple[bytes, bytes]:
+        try:
+            return append(self, entry, parts)
+        except StoreUnavailable:
+            entry.sequence = self._count
+            body = entry.SerializeToString(deterministic=True)
+            self._head, self._count = entry_digest(self._head, body), self._count + 1
+            return body, self._head
+
+    patch.setattr(SqliteStore, "append", hasty)
+
+
+def twice_if_told_it_failed(patch: pytest.MonkeyPatch) -> None:
+    """What was done but reported as failed is not looked up."""
+    patch.setattr(SqliteStore, "_has", lambda self, digest: False)
+
+
+def hole_in_an_outbox(patch: pytest.MonkeyPatch) -> None:
+    """A slow reader's oldest message makes room for the end of its stream."""
+    drop = Hub.drop
+
+    def drop_one(self: Hub, connection: Connection, why: str) -> None:
+        kept = list(cast(Any, connection.outbox)._queue)
+        full = connection.outbox.full() and not connection.closing
+        drop(self, connection, why)
+        if full:
+            connection.outbox.get_nowait()
+            for message in [*kept[1:], None]:
+                connection.outbox.put_nowait(message)
+
+    patch.setattr(Hub, "drop", drop_one)
+
+
+def forgotten_feedback(patch: pytest.MonkeyPatch) -> None:
+    """A checkpoint without the optimizer's error feedback."""
+    unpack = snapshot.unpack_state
+
+    def forget(data: bytes, coefficients: Coefficients, committed: int) -> State:
+        return replace(unpack(data, coefficients, committed), feedback=np.zeros(64))
+
+    patch.setattr(sequencer, "unpack_state", forget)
+
+
+def round_again(patch: pytest.MonkeyPatch) -> None:
+    """A restarted coordinator gives an abandoned round's number again."""
+    count = sequencer.Sequencer._count
+
+    def forget_abandoned(self: sequencer.Sequencer, entry: pb.Entry) -> None:
+        if not entry.HasField("abandon"):
+            count(self, entry)
+
+    patch.setattr(sequencer.Sequencer, "_count", forget_abandoned)
+
+
+def live_all(seeds: Iterable[int], template: Path) -> None:
+    for seed in seeds:
+        live(seed, template)
+
+
+@pytest.mark.parametrize(
+    ("plant", "found"),
+    [
+        (forgetful_disk, "I1|rolled back"),
+        (hasty_store, "I1|I4|rolled back|lost entry"),
+        (twice_if_told_it_failed, "I7"),
+        (hole_in_an_outbox, "came where entry"),
+        (forgotten_feedback, "does not repeat|I6"),
+        (round_again, "I3|I5"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_planted_fault_of_ours_is_found(
+    plant: Callable[[pytest.MonkeyPatch], None],
+    found: str,
+    template: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The simulator is worth what it notices."""
+    plant(monkeypatch)
+    with pytest.raises(AssertionError, match=found):
+        live_all(range(100), template)

@@ -11,6 +11,7 @@ import random
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
@@ -41,6 +42,19 @@ WINDOW: Final = 3
 """Messages on the way to a worker that does not read; the others stay in its outbox."""
 FINISH_WITHIN_S: Final = 90.0
 """Of calm, virtual: ten deadlines, reconnecting, and a heartbeat's timeout."""
+
+MISFORTUNES: Final = (
+    "coordinator crashes",
+    "coordinator crashes as it writes",
+    "coordinator pauses",
+    "worker crashes",
+    "worker pauses",
+    "worker computes long",
+    "connection breaks",
+    "disk is full",
+    "disk lies",
+    "evaluations",
+)
 
 _Item = TypeVar("_Item")
 
@@ -83,7 +97,8 @@ class World:
         self.told: deque[str] = deque(maxlen=80)
         self.faults: Counter[str] = Counter()
         self.config = config_for(self.rng)
-        self.calm_at = self.rng.uniform(8, 25) if faults else 0.0
+        self.calm_at = self.rng.uniform(8, 30) if faults else 0.0
+        self._misfortunes_per_s = self.rng.choice([0.3, 0.7, 1.5])
         self.disk = Disk(folder, template, self.rng)
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._ties = 0
@@ -97,12 +112,16 @@ class World:
         for worker in self.workers:
             self.after(self.rng.uniform(0, 3), worker.start)
         if faults:
-            self.after(self.rng.expovariate(1.5), self._misfortune)
+            self.after(self.rng.expovariate(self._misfortunes_per_s), self._misfortune)
 
-    def after(self, seconds: float, action: Callable[[], None]) -> None:
+    def at(self, moment: float, action: Callable[[], None]) -> None:
         """Put something on the agenda; what is due at the same time happens in this order."""
         self._ties += 1
-        heapq.heappush(self._agenda, (self.now + seconds, self._ties, action))
+        heapq.heappush(self._agenda, (moment, self._ties, action))
+
+    def after(self, seconds: float, action: Callable[[], None]) -> None:
+        """Put something on the agenda, so many seconds from now."""
+        self.at(self.now + seconds, action)
 
     def run(self) -> None:
         """Live until every worker has the whole run."""
@@ -132,20 +151,7 @@ class World:
         """Let one of the things happen that do happen, and plan the next."""
         if self.calm:
             return
-        kind = self.rng.choice(
-            [
-                "coordinator crashes",
-                "coordinator crashes as it writes",
-                "coordinator pauses",
-                "worker crashes",
-                "worker pauses",
-                "connection breaks",
-                "connection breaks",
-                "disk is full",
-                "disk lies",
-                "evaluation",
-            ]
-        )
+        kind = self.rng.choice(MISFORTUNES)
         self.faults[kind] += 1
         self.tell(f"-- {kind}")
         worker = self.rng.choice(self.workers)
@@ -160,6 +166,8 @@ class World:
                 worker.crash()
             case "worker pauses":
                 worker.pause(self.rng.uniform(0.5, 8))
+            case "worker computes long":
+                worker.busy_until = self.now + self.rng.uniform(3, 15)
             case "connection breaks":
                 if worker.stream is not None:
                     worker.stream.break_()
@@ -169,9 +177,10 @@ class World:
             case "disk lies":
                 self.disk.lying = True
                 self.after(self.rng.uniform(0.2, 3), lambda: setattr(self.disk, "lying", False))
-            case "evaluation":
-                self.coordinator.do(self.coordinator.evaluate)
-        self.after(self.rng.expovariate(1.5), self._misfortune)
+            case "evaluations":
+                for _ in range(self.rng.randint(1, 8)):
+                    self.after(self.rng.uniform(0, 1), self.coordinator.evaluate)
+        self.after(self.rng.expovariate(self._misfortunes_per_s), self._misfortune)
 
     def see(self, sequence: int, head: bytes) -> None:
         """Somebody has a history that ends so: it is everybody's for ever."""
@@ -210,10 +219,11 @@ class Coordinator:
             self._end(str(error))
             return
         for sequence, head in world.heads.items():
-            assert self.store.digest(sequence) == head, f"I1: entry {sequence} was seen and lost"
+            assert sequence < len(self.store), f"I1: entry {sequence} was seen and lost"
+            assert self.store.digest(sequence) == head, f"I4: entry {sequence} is another"
         self.hub = Hub(sequencer, clock=lambda: world.now)
         world.tell(f"coordinator starts with {len(self.store)} entries")
-        world.after(TICK_S, lambda hub=self.hub: self._next_tick(hub))
+        world.after(TICK_S, partial(self._next_tick, self.hub))
 
     def crash(self) -> None:
         """End the process where it is."""
@@ -235,7 +245,7 @@ class Coordinator:
     def pause(self, seconds: float) -> None:
         """Do nothing for a while, as when stopped or swapped out; messages wait."""
         self._paused_until = self._world.now + seconds
-        self._world.after(seconds, self._work)
+        self._world.at(self._paused_until, self._work)
 
     def do(self, action: Callable[[Hub], None]) -> None:
         """Let the process do something, in the order of arrival."""
@@ -259,7 +269,7 @@ class Coordinator:
     def _tick(self, hub: Hub) -> None:
         """One turn of Hub.tick, which sleeps on a real clock."""
         now, timeout = self._world.now, hub.config.service.heartbeat_timeout_s
-        self._world.after(TICK_S, lambda: self._next_tick(hub))
+        self._world.after(TICK_S, partial(self._next_tick, hub))
         for connection in list(hub.connections.values()):
             if now - connection.last_seen > timeout:
                 hub.drop(connection, "no heartbeat")
@@ -274,8 +284,12 @@ class Coordinator:
             retry = isinstance(error, StoreUnavailable | CatchUpFirst | NameInUse)
             stream.send_down(_refusal(str(error), retry))
 
-    def evaluate(self, hub: Hub) -> None:
-        """Take an evaluation, as service.Ledger does."""
+    def evaluate(self) -> None:
+        """Let an evaluator post a result."""
+        self.do(self._take_evaluation)
+
+    def _take_evaluation(self, hub: Hub) -> None:
+        """Answer a PostEvaluation, as service.Ledger does."""
         position = hub.sequencer.position
         if position is not None:
             posted = pb.Evaluation(sequence=position.next_sequence - 1, accuracy=0.5, loss=1.0)
@@ -299,6 +313,7 @@ class Stream:
     connection: Connection | None = None
     open_here: bool = True
     open_there: bool = True
+    broken: bool = False
     lost: bool = False
     inbox: deque[wire.ParticipateResponse] = field(default_factory=deque)
     _on_the_way: int = 0
@@ -315,9 +330,9 @@ class Stream:
             assert self.worker.number is not None
             self.world.reported.add((part.round_index, self.worker.number, part.codes))
             copies += self.world.rng.random() < 0.1
-        computing = max(0.0, self.worker.busy_until - self.world.now)
         for _ in range(copies):
-            self.world.after(computing, lambda: self._depart(data))
+            done_at = max(self.world.now, self.worker.busy_until)
+            self.world.at(done_at, lambda: self._depart(data))
 
     def keep_alive(self, interval_s: float, timeout_s: float) -> None:
         """Send heartbeats from now on, but for the time of a pause."""
@@ -325,7 +340,9 @@ class Stream:
         def beat() -> None:
             if self.open_here:
                 if self.world.now >= self.worker.paused_until:
-                    self._depart(wire.ParticipateRequest(heartbeat={}).SerializeToString())
+                    self._depart(
+                        wire.ParticipateRequest(heartbeat=wire.Heartbeat()).SerializeToString()
+                    )
                 self.world.after(interval_s, beat)
 
         self.world.after(interval_s, beat)
@@ -339,15 +356,16 @@ class Stream:
 
     def _depart(self, data: bytes) -> None:
         if self.open_here:
-            arrival = max(self._last_up, self.world.now + self.world.delay())
-            self._last_up = arrival
-            self.world.after(arrival - self.world.now, lambda: self._arrive(data))
+            self._last_up = max(self._last_up, self.world.now + self.world.delay())
+            self.world.at(self._last_up, lambda: self._arrive(data))
 
     # -- on the way ------------------------------------------------------------------------------
 
     def break_(self) -> None:
         """Break the connection: each end notices sooner or later; what is under way may arrive."""
-        rng = self.world.rng
+        if self.broken:
+            return
+        rng, self.broken = self.world.rng, True
         self.lost = rng.random() < 0.5
         noticed = [rng.choice([0.01, 0.3, 2.0]) for _ in range(2)]
         self.world.after(noticed[0], self._end_here)
@@ -409,9 +427,8 @@ class Stream:
         """Send to the worker."""
         data = message.SerializeToString()
         self._on_the_way += 1
-        arrival = max(self._last_down, self.world.now + self.world.delay())
-        self._last_down = arrival
-        self.world.after(arrival - self.world.now, lambda: self._reach(data))
+        self._last_down = max(self._last_down, self.world.now + self.world.delay())
+        self.world.at(self._last_down, lambda: self._reach(data))
 
     def _reach(self, data: bytes) -> None:
         if self.open_here and not self.lost:
@@ -503,7 +520,7 @@ class Worker:
         stream, world = self.stream, self._world
         while stream is not None and stream is self.stream and stream.inbox:
             if world.now < self.busy_until:
-                world.after(self.busy_until - world.now, self.work)
+                world.at(self.busy_until, self.work)
                 return
             self._handle(stream, stream.read())
 

@@ -225,7 +225,7 @@ def test_an_update_that_is_not_finite_is_refused(codec: Codec, bad: float) -> No
 
 @pytest.mark.parametrize(
     ("scale", "code"),
-    [(2**40, 0), (-1, 1), (2**33, 2**31 - 1), (2**39, 1 - 2**31)],
+    [(2**62, 0), (-1, 1), (2**33, 2**31 - 1), (2**39, 1 - 2**31)],
 )
 def test_a_delta_that_could_overflow_is_refused(scale: int, code: int) -> None:
     """An int32 code times a large scale would wrap to another, plausible number."""

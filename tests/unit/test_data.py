@@ -81,7 +81,7 @@ def test_what_is_wrong_is_said(
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot read the data file .*none.csv"):
+    with pytest.raises(DataError, match=r"cannot read the data file .*none\.csv"):
         load(tmp_path / "none.csv", TASK)
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(DataError, match="cannot read the data file"):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tests.runs import IDENTITY, config_of, hello, history
 
 from lorand import codec, ledger
 from lorand.codec import Floats
@@ -14,7 +15,6 @@ from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.store import SqliteStore
 from lorand_worker.estimators import Measurement, NonFiniteLoss
 from lorand_worker.participant import Participant
-from tests.runs import IDENTITY, config_of, hello, history
 
 CONFIG = config_of()
 VALUES = np.array([0.4, -0.2, 0.0])
@@ -134,7 +134,7 @@ def test_the_ledger_applies_the_codes_and_not_what_was_measured() -> None:
     for values in (np.array([0.1, -5.0, 2.0]), np.array([30.0, -0.01, 1e-9])):
         store = SqliteStore(":memory:")
         sequencer = Sequencer(config, store, IDENTITY)
-        participant, _ = started(config, values)
+        participant = Participant(ledger.origin(config, IDENTITY), Stand(values))
         participant.worker, _ = sequencer.admit(hello(participant.position, "one"))
         for body in sequencer.tail(0):
             participant.on_entry(body)

@@ -1,0 +1,197 @@
+"""Estimators against autograd and against the definition of the directions (DESIGN §2, §3)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tests import tiny
+
+from lorand.errors import ConfigError
+from lorand.kernels.reference import buckets, signs
+from lorand_worker import data
+from lorand_worker.bench import Base, ModelBench, load_base, parse_device, task_for
+from lorand_worker.estimators import Backprop, NonFiniteLoss, Spsa, build
+
+BATCH: Final = list(range(12))
+POOL: Final = 128
+
+
+class Made:
+    """A base model somewhere in a run, its task and its estimator."""
+
+    def __init__(self, folder: Path, kind: Literal["spsa", "backprop"], trainable: str) -> None:
+        """Load it, and move the weights away from zero coefficients."""
+        self.config = tiny.config(
+            kind,
+            model={"trainable": trainable},
+            directions={"pool_size": POOL, "head_scale": 4.0},
+            # Small, so that the third derivative along a direction hardly counts.
+            estimator={"perturbation_scale": 2.0**-9},
+        )
+        self.base: Base = load_base(self.config, folder, "cpu")
+        source = np.random.default_rng(7)
+        start = source.integers(-(2**26), 2**26, POOL)
+        self.base.replica.set(start)
+        content = tiny.rows("hotels", 20, seed=9)
+        labels = tuple(tiny.LABELS.index(label) for _, label in content)
+        self.task = task_for(
+            self.base, self.config, data.Examples(tuple(text for text, _ in content), labels)
+        )
+        self.estimator = build(self.config, self.base.replica, self.base.loaded.module)
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Plain autograd's, by name, in float64."""
+        module = self.base.loaded.module
+        names = list(self.base.replica.live)
+        parameters = dict(module.named_parameters())
+        before = [parameters[name].requires_grad for name in names]
+        for name in names:
+            parameters[name].requires_grad_(True)
+        found = torch.autograd.grad(self.task.loss(BATCH), [parameters[name] for name in names])
+        for name, flag in zip(names, before, strict=True):
+            parameters[name].requires_grad_(flag)
+        return {name: g.double() for name, g in zip(names, found, strict=True)}
+
+    def direction(self, k: int) -> dict[str, torch.Tensor]:
+        """z_k by its definition: D[i] · (−1)^popcount(((i mod K) xor r_b) & k) · 2^s."""
+        result = {}
+        device = torch.device("cpu")
+        for tid, spec in enumerate(self.base.replica.manifest.tensors):
+            key = self.base.replica.pool.key
+            places = buckets(0, spec.size, key=key, tid=tid, size=POOL, device=device)
+            odd = torch.tensor([(int(place) & k).bit_count() & 1 for place in places])
+            sign = signs(0, spec.size, key=key, tid=tid, device=device)
+            z = sign.double() * (1 - 2 * odd) * 2.0**spec.scale_exponent
+            result[spec.name] = z.reshape(spec.shape)
+        return result
+
+    def slope(self, k: int) -> float:
+        """z_k · ∇L."""
+        gradients, z = self.gradients(), self.direction(k)
+        return sum(float((gradients[name] * z[name]).sum()) for name in z)
+
+
+@pytest.mark.parametrize("trainable", ["last:1", "name:^head", "name:layer.0|^head"])
+def test_backprop_is_every_directions_slope(tiny_model: Path, trainable: str) -> None:
+    made = Made(tiny_model, "backprop", trainable)
+    before = made.base.replica.digest()
+    measured = made.estimator.measure(made.task.loss, BATCH, np.arange(POOL))
+    assert made.base.replica.digest() == before
+    assert measured.values.shape == (POOL,)
+    with torch.no_grad():
+        assert measured.loss == pytest.approx(float(made.task.loss(BATCH)))
+    for k in [0, 1, POOL - 1, *np.random.default_rng(1).integers(0, POOL, 6)]:
+        assert measured.values[k] == pytest.approx(made.slope(int(k)), rel=1e-4, abs=1e-6)
+    assert all(p.grad is None for p in made.base.loaded.module.parameters()), "freed at once"
+    again = made.estimator.measure(made.task.loss, BATCH, np.arange(POOL))
+    np.testing.assert_allclose(again.values, measured.values, rtol=1e-5, atol=1e-7)
+
+
+def test_backprop_answers_in_the_order_of_the_draw(tiny_model: Path) -> None:
+    made = Made(tiny_model, "backprop", "name:^head")
+    whole = made.estimator.measure(made.task.loss, BATCH, np.arange(POOL)).values
+    some = np.array([5, 99, 0])
+    np.testing.assert_allclose(
+        made.estimator.measure(made.task.loss, BATCH, some).values, whole[some], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("trainable", ["last:1", "name:^head"])
+def test_spsa_agrees_with_autograd(tiny_model: Path, trainable: str) -> None:
+    """Two points along a direction, and the slope there: the same up to μ² and float32."""
+    made = Made(tiny_model, "spsa", trainable)
+    before = made.base.replica.digest()
+    indices = np.random.default_rng(2).choice(POOL, 8, replace=False)
+    measured = made.estimator.measure(made.task.loss, BATCH, indices)
+    assert made.base.replica.digest() == before, "the weights are w(A) again, bit for bit"
+    expected = np.array([made.slope(int(k)) for k in indices])
+    scale = float(np.abs(expected).max())
+    assert scale > 0.01
+    np.testing.assert_allclose(measured.values, expected, rtol=0.02, atol=0.01 * scale)
+    with torch.no_grad():
+        assert measured.loss == pytest.approx(float(made.task.loss(BATCH)), rel=0.05)
+
+
+def test_spsa_measures_each_direction_from_the_base(tiny_model: Path) -> None:
+    """A direction's scalar does not depend on what was measured before it: the same bits."""
+    made = Made(tiny_model, "spsa", "last:1")
+    indices = np.array([3, 77, 100, 5])
+    together = made.estimator.measure(made.task.loss, BATCH, indices).values
+    alone = [
+        made.estimator.measure(made.task.loss, BATCH, indices[i : i + 1]).values[0]
+        for i in range(4)
+    ]
+    assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_loss_that_is_not_finite_restores_the_weights(
+    tiny_model: Path, bad: float, at: int
+) -> None:
+    made = Made(tiny_model, "spsa", "name:^head")
+    before = made.base.replica.digest()
+    calls = 0
+
+    def loss(batch: Sequence[int]) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        assert made.base.replica.digest() != before, "it is called away from w(A)"
+        return torch.tensor(bad) if calls == at + 1 else made.task.loss(batch)
+
+    with pytest.raises(NonFiniteLoss, match=r"is (nan|inf|-inf)"):
+        made.estimator.measure(loss, BATCH, np.array([1, 2]))
+    assert made.base.replica.digest() == before
+    assert calls == at + 1, "it stops there"
+
+
+@pytest.mark.parametrize("wrong", ["loss", "gradient"])
+def test_backprop_without_a_finite_gradient(tiny_model: Path, wrong: str) -> None:
+    made = Made(tiny_model, "backprop", "name:^head")
+    before = made.base.replica.digest()
+
+    def loss(batch: Sequence[int]) -> torch.Tensor:
+        value = made.task.loss(batch)
+        if wrong == "loss":
+            return value * float("nan")
+        zero = value - value.detach()
+        return 1.0 + torch.sqrt(zero.abs())  # finite, with an infinite slope
+
+    with pytest.raises(NonFiniteLoss):
+        made.estimator.measure(loss, BATCH, np.arange(POOL))
+    assert made.base.replica.digest() == before
+    fine = made.estimator.measure(made.task.loss, BATCH, np.arange(POOL))
+    assert np.isfinite(fine.values).all()
+
+
+def test_what_is_not_trained_is_frozen(tiny_model: Path) -> None:
+    for kind, of in (("spsa", Spsa), ("backprop", Backprop)):
+        made = Made(tiny_model, kind, "last:1")  # type: ignore[arg-type]
+        assert isinstance(made.estimator, of)
+        asked = {n for n, p in made.base.loaded.module.named_parameters() if p.requires_grad}
+        assert asked == (set(made.base.replica.live) if kind == "backprop" else set())
+
+
+def test_the_bench_puts_it_together(tiny_model: Path, tiny_data: dict[str, Path]) -> None:
+    made = Made(tiny_model, "spsa", "last:1")
+    examples = data.load(tiny_data["hotels"], made.config.task)
+    bench = ModelBench(made.base, made.config, examples)
+    assert bench.examples == len(examples) == 160
+    coefficients = np.zeros(POOL, np.int64)
+    coefficients[3] = 2**24
+    bench.adopt(coefficients)
+    values: NDArray[np.float64] = bench.measure(np.array([0, 9])).values
+    assert values.shape == (2,)
+    assert bench.score().examples == 160
+    assert np.array_equal(bench.replica.coefficients, coefficients)
+
+
+def test_a_device_that_is_not_there() -> None:
+    assert parse_device("cpu") == torch.device("cpu")
+    for name in ("abacus", "cuda:99"):
+        with pytest.raises(ConfigError, match="use cpu, cuda or auto"):
+            parse_device(name)
