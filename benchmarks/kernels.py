@@ -16,8 +16,8 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-
 from experiments.provenance import provenance
+
 from lorand.coefficients import fwht, table
 from lorand.kernels.cpu import CpuBackend
 

@@ -128,7 +128,7 @@ class Replica:
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> None:
-    """Raise ModelError unless the manifest's tensors are among these, with its shapes and dtypes."""
+    """Raise ModelError unless the manifest's tensors are among these, as it says they are."""
     for spec in manifest.tensors:
         tensor = tensors.get(spec.name)
         if tensor is None:
