@@ -89,8 +89,8 @@ def settings(kind: str, options: argparse.Namespace) -> RunConfig:
     )
 
 
-def parse() -> argparse.Namespace:
-    """Return the command line; the defaults are the final settings."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the command line, or these arguments; the defaults are the final settings."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--kind", nargs="+", choices=list(DEFAULTS), default=list(DEFAULTS))
@@ -105,7 +105,7 @@ def parse() -> argparse.Namespace:
     add("--perturbation-scale", type=float, default=0.01)
     add("--mode", choices=["own", "shared"], default="shared", help="spsa: whose directions")
     add("--held-out", action="store_true", help="tune: score a tenth of the training sentences")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def describe(config: RunConfig) -> str:

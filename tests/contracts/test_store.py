@@ -413,6 +413,17 @@ def edit(path: Path, *queries: str) -> None:
             database.execute(query)
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["sequence = 9", "body = CAST(body AS TEXT)", "digest = zeroblob(32)", "body = zeroblob(9)"],
+)
+def test_an_edited_entry_is_found(path: Path, change: str) -> None:
+    """Also the last one, where no other hangs on it."""
+    edit(path, f"UPDATE entry SET {change} WHERE sequence = 5", "DELETE FROM contribution")
+    with pytest.raises(LedgerError, match="hash chain breaks at entry 5; the file was"):
+        SqliteStore(path)
+
+
 def test_exchanged_entries_are_found(path: Path) -> None:
     renumber = "UPDATE entry SET sequence = {1} WHERE sequence = {0}"
     edit(path, *(renumber.format(*pair) for pair in [(1, 99), (2, 1), (99, 2)]))

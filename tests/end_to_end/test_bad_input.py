@@ -561,9 +561,11 @@ def test_a_loss_that_is_not_finite_costs_one_worker_one_round(make_room: MakeRoo
         everyone,
         everyone,
     ]
-    assert outcomes[2].abandon.reason == (
-        "1 of 3 participants reported, the quorum is 2; 2 sat the round out"
-    )
+    # The third may report before or after the round is given up.
+    assert outcomes[2].abandon.reason in {
+        f"{reported} of 3 participants reported, the quorum is 2; 2 sat the round out"
+        for reported in (0, 1)
+    }
     assert "sitting out round 2: the loss of this batch is nan" in reports[0].notes
     assert [s.participant.counts.skipped for s in sessions] == [2, 1, 0]
     heads = {s.participant.position.head for s in sessions}

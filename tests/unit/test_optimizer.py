@@ -129,6 +129,20 @@ def test_normalised_the_first_round_changes_a_weight_by_learning_rate(
     assert np.sqrt(np.sum(applied(update) ** 2)) == pytest.approx(rate, rel=1e-3)
 
 
+def test_normalised_own_directions_divide_by_all_that_was_measured() -> None:
+    """Two workers' scalars at 2·m directions: their estimate is the mean over both."""
+    config = run_of(SGD, count=4, directions={"mode": "own"})
+    parts = {worker: scalars(worker, 4) for worker in (1, 2)}
+    reports = {worker: report(values) for worker, values in parts.items()}
+    _, update = optimizer.advance(config, config.draws(RUN), optimizer.start(config), 1, reports)
+    dense = np.zeros(64)
+    for worker, values in parts.items():
+        np.add.at(dense, config.draws(RUN).of(1, worker), values)
+    values = dense[update.indices]
+    expected = -0.01 / np.sqrt(8) * values / np.sqrt(np.mean(values**2))
+    assert applied(update) == pytest.approx(expected, rel=1e-5)
+
+
 def test_normalised_it_stays_learning_rate_on_the_average() -> None:
     """The running mean of squared scalars follows the loss's scale, also when it drifts."""
     steps = [applied(update) for _, update, _, _ in rounds_of(run_of(SGD), 60)]

@@ -409,6 +409,15 @@ def test_every_worker_is_sent_the_whole_ledger_in_order(busy: Room) -> None:
     assert kinds == ["start", "member", "member", *["commit"] * 4, "finish"]
 
 
+def test_a_round_is_measured_at_the_scale_its_commit_names(busy: Room) -> None:
+    """The public scale moves, and everyone is told before it measures."""
+    busy.commit(4)
+    told = [m.round_start.scale_exponent for m in busy.sent[1] if m.HasField("round_start")]
+    commits = [ledger.parse(body).commit for body in busy.store.entries(3, 4)]
+    assert told == [commit.scale_exponent for commit in commits]
+    assert len(set(told)) > 1
+
+
 def test_an_abandoned_round_is_an_entry_with_its_reason(busy: Room) -> None:
     busy.report(1)
     outgoing = busy.wait(10.0)
