@@ -23,7 +23,7 @@ NEXT: Final = """With your own data (a hub has the model as sentence-transformer
   lr-worker join 127.0.0.1:7700 --data reviews.csv --seed-pool"""
 TITLES: Final = {
     "zeroth-order": "Zeroth-order: two forward passes a scalar, one byte a scalar",
-    "first-order": "First-order: one backward pass, 8,192 one-byte scalars",
+    "first-order": "First-order: one backward pass, 32,768 one-byte scalars",
 }
 
 
