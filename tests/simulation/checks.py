@@ -10,6 +10,7 @@ from lorand.ledger import Position
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import aggregation, optimizer
 from lorand_coordinator.sequencer import Sequencer
+from lorand_coordinator.snapshot import pack_state
 from lorand_coordinator.store import SqliteStore
 
 
@@ -33,7 +34,8 @@ def check(world: World) -> Position:
         again = Sequencer(world.config, reopened, None)
     assert again.position is not None
     assert again.position.head == end.head, "I1: lost at the very end"
-    assert again._optimizer.feedback.tobytes() == sequencer._optimizer.feedback.tobytes()
+    ours, theirs = (pack_state(one._optimizer) for one in (sequencer, again))
+    assert ours == theirs, "I6: reopened, the optimizer's state does not repeat"
     return end
 
 
@@ -72,19 +74,19 @@ def check_commits(world: World, store: SqliteStore, bodies: list[bytes]) -> Posi
             stored = store.contributions(entry.sequence)
             ledger.check_contributions(entry, stored)
             parts = [pb.StoredContribution.FromString(part) for part in stored]
-            assert [part.worker for part in parts] == list(entry.commit.workers)
+            assert [part.worker for part in parts] == list(entry.commit.workers), "I6: workers"
             assert len(parts) >= config.rounds.quorum, "committed below the quorum"
             for part in parts:
                 sent = (entry.round_index, part.worker, part.contribution.codes)
                 assert sent in world.reported, f"I6: worker {part.worker} never sent that"
-                assert part.contribution.round_index == entry.round_index
+                assert part.contribution.round_index == entry.round_index, "I6: of another round"
             reports = {
                 part.worker: aggregation.Report(
                     aggregation.unpack(config, part.contribution.codes), part.contribution.examples
                 )
                 for part in parts
             }
-            assert entry.commit.scale_exponent == state.scale_exponent
+            assert entry.commit.scale_exponent == state.scale_exponent, "I6: scale"
             state, update = optimizer.advance(
                 config, position.draws, state, entry.round_index, reports
             )
@@ -92,7 +94,7 @@ def check_commits(world: World, store: SqliteStore, bodies: list[bytes]) -> Posi
             assert (entry.commit.scale, entry.commit.codes) == (update.scale, packed), "I6: ΔA"
         position = ledger.apply(position, body)
         assert position.head == store.digest(entry.sequence), "I3: the chain"
-    assert position.committed == config.run.rounds
+    assert position.committed == config.run.rounds, "the run ended early"
     return position
 
 

@@ -62,6 +62,11 @@ class Disk:
             old.unlink()
         self._path = target
 
+    def heal(self) -> None:
+        """Work from now on."""
+        self.full = self.lying = False
+        self.next_crash = None
+
     def fate(self) -> Fault | None:
         """Return what happens to the transaction that is about to commit."""
         fault: Fault | None = None

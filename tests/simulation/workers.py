@@ -1,0 +1,237 @@
+"""Workers: real sessions on a bench of a few numbers, and a link without a network."""
+
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+from tests.runs import IDENTITY
+from tests.simulation.network import Stream
+
+from lorand.codec import Floats
+from lorand.coefficients import Coefficients
+from lorand.directions import Indices
+from lorand.ledger import coefficients_digest
+from lorand.v1 import coordination_pb2 as wire
+from lorand.v1 import coordination_pb2_grpc as coordination
+from lorand.v1 import ledger_pb2 as pb
+from lorand.v1 import ledger_pb2_grpc as ledger_service
+from lorand_coordinator import service
+from lorand_coordinator.hub import Hub
+from lorand_worker import link as links
+from lorand_worker.estimators import Measurement, NonFiniteLoss
+from lorand_worker.session import Session
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+_Item = TypeVar("_Item")
+
+
+class Worker:
+    """The process of `lr-worker join`, started again whenever it ends."""
+
+    def __init__(self, world: "World", index: int) -> None:
+        self._world = world
+        self.name = f"worker-{index}"
+        self.session: Session | None = None
+        self.stream: Stream | None = None
+        self.done = False
+        self.busy_until = 0.0
+        self.paused_until = 0.0
+        self._life = 0
+
+    @property
+    def number(self) -> int | None:
+        """The number it was given, in this life."""
+        return self.session.participant.worker if self.session else None
+
+    def start(self) -> None:
+        """Begin without any memory of a life before."""
+        world = self._world
+        self._life += 1
+        link = LocalLink(world)
+        bench = Quadratic(world, self.name, self._life)
+        self.session = Session(link, world.config, IDENTITY, bench, self.name, Silence())
+        self.session._session = world.rng.getrandbits(63)  # Session's own is not from the seed
+        self._connect(self._life)
+
+    def crash(self) -> None:
+        """End the process where it is; it is started again later."""
+        if self.session is None or self.done:
+            return
+        if self.stream is not None:
+            self.stream.hang_up(politely=self._world.rng.random() < 0.5)
+        self.session = self.stream = None
+        self.busy_until = self.paused_until = 0.0
+        self._life += 1
+        self._world.after(self._world.rng.uniform(0.2, 4), self.start)
+
+    def pause(self, seconds: float) -> None:
+        """Do nothing for a while, heartbeats included."""
+        self.paused_until = self._world.now + seconds
+        self.busy_until = max(self.busy_until, self.paused_until)
+
+    def reconnect(self, why: str) -> None:
+        """Come back after a while, as Link.persist does."""
+        self._world.tell(f"{self.name} comes back: {why}")
+        self.stream = None
+        life = self._life
+        self._world.after(self._world.rng.uniform(0.05, 1), lambda: self._connect(life))
+
+    def _connect(self, life: int) -> None:
+        """Session._once up to the Hello; time passes between catching up and joining."""
+        if life != self._life or self.session is None or self.done:
+            return
+        hub = self._world.coordinator.hub
+        if hub is None:
+            self.reconnect("nobody answers")
+            return
+        session = self.session
+        if session._has_ledger():
+            position = session.link.catch_up(session.participant.position)
+            session.participant.catch_up(position)
+            self._note_position()
+            if self.done:
+                return
+        self.stream = Stream(self._world, self, hub)
+        self._world.coordinator.streams.append(self.stream)
+        self.stream.send(wire.ParticipateRequest(hello=session._hello()))
+
+    def work(self) -> None:
+        """Handle what has arrived, one message after the other."""
+        stream, world = self.stream, self._world
+        while stream is not None and stream is self.stream and stream.inbox:
+            if world.now < self.busy_until:
+                world.at(self.busy_until, self.work)
+                return
+            self._handle(stream, stream.read())
+
+    def _handle(self, stream: Stream, message: wire.ParticipateResponse) -> None:
+        assert self.session is not None
+        if message.HasField("round_start"):
+            self.busy_until = self._world.now + self._world.rng.uniform(0.05, 0.8)
+        try:
+            self.session._handle(cast(links.Stream, stream), message)
+        except links.Retry as error:
+            stream.hang_up()
+            self.reconnect(str(error))
+            return
+        if message.HasField("round_start"):
+            self._note_weights(message.round_start.round_index)
+        if message.HasField("welcome"):
+            self._world.tell(f"{self.name} joins as {self.number}")
+            self._repeat_itself(stream)
+        self._note_position()
+        if self.done:
+            stream.hang_up()
+
+    def _repeat_itself(self, stream: Stream) -> None:
+        """After a reconnect, sometimes send the last answer again, asked or not."""
+        assert self.session is not None
+        answer = self.session.participant._answer
+        if answer is not None and self._world.rng.random() < 0.3:
+            self._world.faults["stale answer"] += 1
+            stream.send(answer[2])
+
+    def _note_weights(self, round_index: int) -> None:
+        """Everyone measures a round at the same weights, in whichever life."""
+        assert self.session is not None
+        bench = cast(Quadratic, self.session.bench)
+        digest = coefficients_digest(bench.coefficients)
+        assert self._world.measured_at.setdefault(round_index, digest) == digest, (
+            f"I5: {self.name} measured round {round_index} at other weights than others did"
+        )
+
+    def _note_position(self) -> None:
+        assert self.session is not None
+        position = self.session.participant.position
+        self._world.see(position.next_sequence - 1, position.head)
+        self.done = position.finished
+
+
+class Silence:
+    """Takes what a session says."""
+
+    def note(self, text: str) -> None:
+        """Take a sentence."""
+
+    def progress(self, committed: int, total: int, text: str) -> None:
+        """Take progress."""
+
+
+class Quadratic:
+    """A bench: the loss is |A − target|²/2 in weight units, measured with a batch's noise."""
+
+    def __init__(self, world: "World", name: str, life: int) -> None:
+        """Take noise from the seed; another life has other batches."""
+        self._world = world
+        self._noise = np.random.default_rng([world.seed, life, *name.encode()])
+        self._target = np.random.default_rng(world.seed).normal(0, 0.05, 64)
+        self.examples = len(name) * life
+        self.coefficients = np.zeros(64, np.int64)
+
+    def adopt(self, coefficients: Coefficients) -> None:
+        """Make the weights w(A)."""
+        self.coefficients = coefficients
+
+    def measure(self, indices: Indices) -> Measurement:
+        """Return a noisy gradient; now and then the loss is no number."""
+        if not self._world.calm and self._world.rng.random() < 0.04:
+            self._world.faults["loss is nan"] += 1
+            raise NonFiniteLoss("the loss of this batch is nan")
+        away: Floats = self.coefficients * 2.0**-32 - self._target
+        noise = self._noise.normal(0, 0.01, len(indices))
+        return Measurement(away[indices] + noise, float(away @ away / 2))
+
+
+class LocalLink(links.Link):
+    """The worker's link, its calls answered by the coordinator's services in this process."""
+
+    def __init__(self, world: "World") -> None:
+        """Reach the coordinator of this world."""
+        self._world = world
+        super().__init__("here", give_up_s=1.0)
+
+    def _open(self) -> None:
+        self._coordination = cast(coordination.CoordinationServiceStub, self)
+        self._ledger = cast(ledger_service.LedgerServiceStub, self)
+
+    def _hub(self) -> Hub:
+        hub = self._world.coordinator.hub
+        assert hub is not None
+        return hub
+
+    def GetRun(self, request: wire.GetRunRequest, timeout: float) -> wire.GetRunResponse:
+        """See coordination.proto."""
+        return _result(service.Coordination(self._hub()).GetRun(request, cast(Any, None)))
+
+    def GetCheckpoint(
+        self, request: pb.GetCheckpointRequest, timeout: float
+    ) -> Iterator[pb.GetCheckpointResponse]:
+        """See ledger.proto."""
+        return _items(service.Ledger(self._hub()).GetCheckpoint(request, cast(Any, None)))
+
+    def ReadEntries(
+        self, request: pb.ReadEntriesRequest, timeout: float | None
+    ) -> Iterator[pb.ReadEntriesResponse]:
+        """See ledger.proto."""
+        return _items(service.Ledger(self._hub()).ReadEntries(request, cast(Any, None)))
+
+
+def _result(answer: Awaitable[_Item]) -> _Item:
+    """Return what a coroutine returns that never waits."""
+    try:
+        next(answer.__await__())
+    except StopIteration as result:
+        return cast(_Item, result.value)
+    raise AssertionError("it waits")
+
+
+def _items(answers: AsyncIterator[_Item]) -> Iterator[_Item]:
+    """Yield what an asynchronous generator yields that never waits."""
+    while True:
+        try:
+            item = _result(anext(answers))
+        except StopAsyncIteration:
+            return
+        yield item
