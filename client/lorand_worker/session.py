@@ -62,8 +62,9 @@ class Session:
         if self._has_ledger():
             self.participant.catch_up(self.link.catch_up(self.participant.position))
             self._show()
-            if self.participant.position.finished:
+            if self.participant.position.finished and self.participant.worker is None:
                 return
+        # Who took part says Hello also at the end of the run: there histories are compared.
         stream = self.link.participate(self._hello())
         try:
             for message in stream:

@@ -64,7 +64,7 @@ def save(adapter: Adapter, folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"coefficients": packed}, folder / WEIGHTS_FILE, metadata={"format": FORMAT})
         (folder / CONFIG_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot write the adapter to {folder}: {error}") from error
     return (folder / WEIGHTS_FILE).stat().st_size
 
@@ -87,7 +87,7 @@ def load(folder: Path) -> Adapter:
             int(content["committed"]),
             bytes.fromhex(content["ledger_head"]),
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"{folder} holds no readable adapter ({error!r}); write one with `lr-worker export`"
         ) from error

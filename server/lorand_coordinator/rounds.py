@@ -139,6 +139,7 @@ class State:
     deadline: float = 0.0
     pending: Append | None = None
     retry_at: float | None = None
+    rest_until: float = 0.0
     trouble: str = ""
 
 
@@ -171,7 +172,7 @@ def _take(
             if (state.phase, state.round_index) == ("reporting", round_index):
                 state = replace(state, skipped=state.skipped | (waited_for & {worker}))
         case Appended():
-            return _appended(state), ()
+            return _appended(settings, state, now), ()
         case AppendFailed(why):
             assert state.pending is not None, "an append failed that nobody asked for"
             state = replace(state, retry_at=now + settings.commit_retry_s, trouble=why)
@@ -205,15 +206,18 @@ def _present(state: State) -> str:
     return f"round {state.round_index} {progress[state.phase]}"
 
 
-def _appended(state: State) -> State:
+def _appended(settings: Settings, state: State, now: float) -> State:
     done = state.pending
     assert done is not None, "an append succeeded that nobody asked for"
     state = replace(state, pending=None, retry_at=None, trouble="")
     if isinstance(done, Finish):
         return replace(state, phase="finished")
+    # Workers that all sit out at once would else fill the ledger with abandoned rounds.
+    rest_until = now + settings.commit_retry_s if isinstance(done, Abandon) else 0.0
     return replace(
         state,
         phase="selection",
+        rest_until=rest_until,
         round_index=state.round_index + 1,
         committed=state.committed + isinstance(done, Commit),
         abandoned=state.abandoned + isinstance(done, Abandon),
@@ -233,7 +237,7 @@ def _advance(settings: Settings, state: State, now: float) -> tuple[State, tuple
     if state.phase == "selection":
         if state.committed >= settings.rounds:
             return _append(state, Finish(state.committed))
-        if len(state.members) >= _needed(settings, state):
+        if len(state.members) >= _needed(settings, state) and now >= state.rest_until:
             state = replace(
                 state,
                 phase="reporting",
@@ -288,6 +292,9 @@ def reason(settings: Settings, state: State, now: float) -> str:
         return f"{doing} round {state.round_index}"
     if state.phase == "selection":
         missing = _needed(settings, state) - len(state.members)
+        if missing <= 0:
+            wait = max(0.0, state.rest_until - now)
+            return f"resting after an abandoned round, for {wait:.0f} s"
         return f"waiting for {missing} more worker{'s' * (missing != 1)} to join"
     awaited = state.participants - state.skipped - state.contributions.keys()
     return (
