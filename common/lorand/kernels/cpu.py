@@ -4,10 +4,15 @@ Bit-identical with the reference: no fast-math, so a product is never fused into
 products are in the table before a weight is touched.
 """
 
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, Final
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -15,23 +20,39 @@ from numpy.typing import NDArray
 from lorand.coefficients import Coefficients, Table, check_magnitude
 from lorand.kernels import check_pair, tiles
 from lorand.kernels.reference import ReferenceBackend
+from lorand.kernels.selfcheck import Trust
 from lorand.kernels.simd import STREAM_ALIGN
 from lorand.philox import Key
 
-BY_CHUNK: Final = 1 << 17
-"""Pool size from which tiles are walked by chunk of the table (`tiles._tile_of`)."""
-PARALLEL: Final = 1 << 16
-"""Weights from which threads pay: starting them costs as much as ten thousand weights."""
+CHUNK: Final = 1 << 15
+"""Places of a table, or buckets, that stay in a core's cache while tiles are walked by chunk."""
+MATERIALISE_BY_CHUNK: Final = 1 << 18
+"""Pool size from which that pays: a table of 1 MiB."""
+PROJECT_BY_CHUNK: Final = 1 << 16
+"""The same for bucket sums in float64; threads then need no sums of their own."""
+PARALLEL: Final = 1 << 18
+"""Weights from which threads pay: waking one costs as much as a hundred thousand weights."""
+PARTS: Final = 4
+"""Parts a thread."""
 STREAM_BYTES: Final = 1 << 20
 """Size from which weights are written past the cache: they would not stay in it anyway."""
-PARTS: Final = 4
-"""Parts a thread: a core that is taken away for a while holds up a quarter of the work."""
 LIMB: Final = 1 << 28
 
 _LIMB_BITS: Final = 28
 _SIGNS: Final = 1 - 2 * (np.arange(16) >> np.arange(4).reshape(4, 1) & 1)
-_BITS: Final = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}
+_BITS: Final = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.int16,
+}
 """How 16-bit weights are named to the compiled code (`simd`)."""
+
+
+def _compiled_before() -> bool:
+    return any(Path(tiles.project.stats.cache_path).glob("tiles.project-*.nbi"))
+
+
+_trust = Trust("CPU", _compiled_before)
 
 
 class CpuBackend(ReferenceBackend):
@@ -44,7 +65,8 @@ class CpuBackend(ReferenceBackend):
     ) -> None:
         """See `lorand.kernels.Backend.materialise`."""
         check_pair(base, out)
-        if base.numel() == 0:
+        if base.numel() == 0 or not self._trusted("hadamard", base):
+            super().materialise(base, table, out, key=key, tid=tid)
             return
         source, target = _array(base), _array(out)
         stream = (
@@ -52,27 +74,38 @@ class CpuBackend(ReferenceBackend):
             and target.ctypes.data % STREAM_ALIGN == 0
             and target.ctypes.data != source.ctypes.data
         )
-        paired = base.dtype == torch.bfloat16
-        walk = _walk(source.size, table.size)
         values = np.ascontiguousarray(table, np.float32).view(np.uint32)
-        arguments = (source, target, values, *_key(tid, key), paired, stream, *walk)
-        parts = _parts(source.size)
-        if parts == 1:
-            tiles.materialise(*arguments)
-        else:
-            tiles.materialise_parallel(*arguments, parts)
+        run, blocks, steps = _walk(source.size, table.size, 1, MATERIALISE_BY_CHUNK)
+        paired = base.dtype == torch.bfloat16
+        place = (*_key(tid, key), paired, stream, run, blocks)
+
+        def part(first: int, last: int) -> None:
+            tiles.materialise(source, target, values, *place, first, last)
+
+        _share(part, steps, _threads(source.size))
         _store(target, out)
 
     def project(
         self, gradient: torch.Tensor, size: int, *, key: Key, tid: int
     ) -> NDArray[np.float64]:
         """See `lorand.kernels.Backend.project`."""
-        array = _array(gradient)
-        sums = np.zeros((1 if array.size < PARALLEL else numba.get_num_threads(), size))
-        if array.size:
-            tiles.project(array, sums, *_key(tid, key), *_walk(array.size, size))
-        total: NDArray[np.float64] = sums.sum(axis=0)
-        return total
+        gradient = gradient if gradient.dtype in _BITS else gradient.float()
+        if gradient.numel() == 0 or not self._trusted("hadamard", gradient):
+            return super().project(gradient, size, key=key, tid=tid)
+        array, sums = _array(gradient), np.zeros(size)
+        threads = _threads(array.size)
+        run, blocks, steps = _walk(array.size, size, threads, PROJECT_BY_CHUNK)
+        lock = threading.Lock()
+
+        def part(first: int, last: int) -> None:
+            own = sums if run or threads == 1 else np.zeros(size)
+            tiles.project(array, own, 1.0, *_key(tid, key), run, blocks, first, last)
+            if own is not sums:
+                with lock:
+                    np.add(sums, own, out=sums)
+
+        _share(part, steps, threads, multiple=blocks * run or 1)
+        return sums
 
     def materialise_independent(
         self,
@@ -89,17 +122,19 @@ class CpuBackend(ReferenceBackend):
         check_magnitude(coefficients)
         if len(keys) != len(coefficients):
             raise ValueError(f"{len(keys)} keys, but {len(coefficients)} coefficients")
-        if base.numel() == 0:
+        if base.numel() == 0 or not self._trusted("independent", base):
+            super().materialise_independent(
+                base, keys, coefficients, out, tid=tid, exponent=exponent
+            )
             return
-        target = _array(out)
-        tiles.independent(
-            _array(base),
-            target,
-            *_grouped(keys, coefficients),
-            np.uint32(tid),
-            np.float32(2.0**exponent),
-            _parts(target.size),
-        )
+        source, target = _array(base), _array(out)
+        grouped = _grouped(keys, coefficients)
+        place = np.uint32(tid), np.float32(2.0**exponent)
+
+        def part(first: int, last: int) -> None:
+            tiles.independent(source, target, *grouped, *place, first, last)
+
+        _share(part, -(-source.size // tiles.TILE), _threads(source.size))
         _store(target, out)
 
     def project_independent(
@@ -108,8 +143,17 @@ class CpuBackend(ReferenceBackend):
         """See `lorand.kernels.Backend.project_independent`."""
         sums = np.zeros(len(keys))
         packed = np.array(keys, np.uint32).reshape(-1, 2)
-        tiles.project_independent(_array(gradient), packed, sums, np.uint32(tid))
+        array = _array(gradient if gradient.dtype in _BITS else gradient.float())
+
+        def part(first: int, last: int) -> None:
+            for s in range(first, last):
+                sums[s] = tiles.project_independent(array, packed[s], np.uint32(tid))
+
+        _share(part, len(keys), _threads(array.size))
         return sums
+
+    def _trusted(self, family: str, tensor: torch.Tensor) -> bool:
+        return _trust.of(self, family, tensor.dtype, tensor.device)
 
 
 def _grouped(
@@ -143,19 +187,55 @@ def _grouped(
     return seeds, tables.reshape(-1).astype(np.int32), moved
 
 
-def _walk(count: int, size: int) -> tuple[int, int]:
-    """Blocks and steps of a walk over tiles: see `tiles._tile_of`."""
-    steps = -(-count // tiles.TILE)
-    if size < BY_CHUNK or count <= size:
-        return 1, steps
-    chunks = size // tiles.TILE
-    blocks = -(-steps // chunks)
-    return blocks, blocks * chunks
+def _walk(count: int, size: int, threads: int, by_chunk: int) -> tuple[int, int, int]:
+    """run, blocks and steps of a walk (`tiles._tile_of`), by chunks from the pool size by_chunk on.
+
+    There are at least as many chunks as threads.
+    """
+    steps, table = -(-count // tiles.TILE), size // tiles.TILE
+    if size < by_chunk or table < threads or count <= size:
+        return 0, 1, steps
+    run = min(CHUNK // tiles.TILE, 1 << (table // threads).bit_length() - 1)
+    blocks = -(-steps // table)
+    return run, blocks, blocks * table
 
 
-def _parts(count: int) -> int:
-    threads = numba.get_num_threads()
-    return 1 if threads == 1 or count < PARALLEL else PARTS * threads
+def _threads(count: int) -> int:
+    threads = torch.get_num_threads()
+    return 1 if threads == 1 or count < PARALLEL else threads
+
+
+def _share(part: Callable[[int, int], None], steps: int, threads: int, multiple: int = 1) -> None:
+    """Run part(first, last) over all steps, on this thread and others of this process.
+
+    Threads that sleep between calls, not OpenMP's: those of a second pool would wait actively on
+    the cores that torch's own pool computes on. Whoever is free takes the next part, so a core
+    that is taken away holds up a part, not a half.
+    """
+    if threads == 1:
+        part(0, steps)
+        return
+    units, parts = steps // multiple, PARTS * threads
+    bounds = [units * n // parts * multiple for n in range(parts + 1)]
+    left = iter(list(pairwise(bounds)))
+
+    def work() -> None:
+        for first, last in left:
+            part(first, last)
+
+    others = [_pool().submit(work) for _ in range(threads - 1)]
+    work()
+    for other in others:
+        if not other.cancel():
+            other.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="lorand-kernels")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 def _key(tid: int, key: Key) -> tuple[np.uint32, np.uint32, np.uint32]:
@@ -165,8 +245,7 @@ def _key(tid: int, key: Key) -> tuple[np.uint32, np.uint32, np.uint32]:
 def _array(tensor: torch.Tensor) -> NDArray[Any]:
     """The tensor's memory in row-major order (a copy where it is ordered otherwise)."""
     flat = tensor.detach().contiguous().reshape(-1)
-    bits = _BITS.get(flat.dtype)
-    array: NDArray[Any] = (flat if bits is None else flat.view(bits)).numpy()
+    array: NDArray[Any] = flat.view(_BITS[flat.dtype]).numpy()
     return array
 
 

@@ -46,7 +46,7 @@ lanes: Final = LanesType()
 
 
 @register_model(LanesType)
-class _LanesModel(models.PrimitiveModel):  # type: ignore[misc]
+class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
         super().__init__(manager, kind, _LANES)
 
@@ -436,13 +436,18 @@ def prefetch_two(_context: Any, array: Any, _index: Any) -> Any:
 
 
 @intrinsic
-def accumulate(_context: Any, sums: Any, _index: Any, _value: Any) -> Any:
-    """Add float32 lanes to the float64 sums[index : index + 16]."""
+def accumulate(_context: Any, sums: Any, _index: Any, _value: Any, _factor: Any) -> Any:
+    """Add factor times float32 lanes to the float64 sums[index : index + 16]."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = _pointer(context, builder, signature.args[0], _DOUBLES, *arguments[:2])
-        wide = builder.fpext(builder.bitcast(arguments[2], _FLOATS), _DOUBLES)
+        array, index, value, factor = arguments
+        pointer = _pointer(context, builder, signature.args[0], _DOUBLES, array, index)
+        none = ir.Constant(_DOUBLES, ir.Undefined)
+        factors = builder.shuffle_vector(
+            builder.insert_element(none, factor, _I32(0)), none, _all(0)
+        )
+        wide = builder.fmul(builder.fpext(builder.bitcast(value, _FLOATS), _DOUBLES), factors)
         builder.store(builder.fadd(builder.load(pointer, align=8), wide), pointer, align=8)
         return context.get_dummy_value()
 
-    return types.void(sums, types.int64, lanes), codegen
+    return types.void(sums, types.int64, lanes, types.float64), codegen

@@ -9,7 +9,7 @@ nearest cache. Weights are arrays as in `simd`; tables are uint32 (the bits of f
 from typing import Any, Final
 
 import numpy as np
-from numba import njit, prange, uint32, uint64
+from numba import njit, uint32, uint64
 
 from lorand.kernels.simd import (
     accumulate,
@@ -89,18 +89,19 @@ def tile_words(words: Any, at: Any, tile: Any, tid: Any, k0: Any, k1: Any, paire
 
 
 @njit
-def _tile_of(step: Any, chunks: Any, blocks: Any, tid: Any, k0: Any, k1: Any) -> Any:
-    """The tile of a step. blocks > 1: tiles that use one chunk of the table come together.
+def _tile_of(step: Any, run: Any, blocks: Any, size: Any, tid: Any, k0: Any, k1: Any) -> Any:
+    """The tile of a step of a walk. run = 0: in order. Else tiles that share places come together.
 
-    A table of 2^20 floats is larger than a core's cache, a chunk of 4,096 is not: step
-    c · blocks + b is the tile of block b whose shifted places are chunk c (beyond the last tile
-    at the end of some walks).
+    A table of 2^20 floats is larger than a core's cache, run tiles of it are not: such a chunk is
+    used by run tiles of every block before the next one (chunk c, block b, tile t of run), so
+    each is fetched once. Some steps of the last block lie beyond the last tile.
     """
-    if blocks <= 1:
+    if run == 0:
         return step
-    block = step % blocks
-    shift = shift_of(block, chunks * TILE - 1, tid, k0, k1)
-    return block * chunks + ((step // blocks) ^ (shift // TILE))
+    chunk, rest = divmod(step, blocks * run)
+    block, tile = divmod(rest, run)
+    shift = shift_of(block, size - 1, tid, k0, k1)
+    return block * (size // TILE) + (chunk ^ (shift // (TILE * run))) * run + tile
 
 
 @njit
@@ -148,17 +149,18 @@ def _add_tile(
         )  # fmt: skip
 
 
-@njit
-def _materialise_steps(
+@njit(cache=True, nogil=True)
+def materialise(
     base: Any, out: Any, table: Any, tid: Any, k0: Any, k1: Any, paired: Any, stream: Any,
-    blocks: Any, first: Any, last: Any,
+    run: Any, blocks: Any, first: Any, last: Any,
 ) -> None:  # fmt: skip
+    """DESIGN §2 step 7 for the steps first … last of a walk (run, blocks: see `_tile_of`)."""
     words = np.empty(ROW, np.uint32)
     count = base.shape[0]
-    chunks = max(1, table.shape[0] // TILE)
-    tile = _tile_of(first, chunks, blocks, tid, k0, k1)
+    size = np.int64(table.shape[0])
+    tile = _tile_of(first, run, blocks, size, tid, k0, k1)
     for step in range(first, last):
-        following = _tile_of(step + 1, chunks, blocks, tid, k0, k1)
+        following = _tile_of(step + 1, run, blocks, size, tid, k0, k1)
         start = tile * TILE
         left = min(TILE, count - start)
         if left > 0:
@@ -177,30 +179,10 @@ def _materialise_steps(
         fence()
 
 
-@njit(cache=True)
-def materialise(
-    base: Any, out: Any, table: Any, tid: Any, k0: Any, k1: Any, paired: Any, stream: Any,
-    blocks: Any, steps: Any,
-) -> None:  # fmt: skip
-    """DESIGN §2 step 7 on this thread. steps and blocks: see `_tile_of`."""
-    _materialise_steps(base, out, table, tid, k0, k1, paired, stream, blocks, 0, steps)
-
-
-@njit(parallel=True, cache=True)
-def materialise_parallel(
-    base: Any, out: Any, table: Any, tid: Any, k0: Any, k1: Any, paired: Any, stream: Any,
-    blocks: Any, steps: Any, parts: Any,
-) -> None:  # fmt: skip
-    """As materialise, in as many parts, on all threads."""
-    for part in prange(parts):
-        first, last = part * steps // parts, (part + 1) * steps // parts
-        _materialise_steps(base, out, table, tid, k0, k1, paired, stream, blocks, first, last)
-
-
 @njit
 def _sum_tile(
-    gradient: Any, origin: Any, sums: Any, words: Any, tile: Any, stop: Any, jump: Any, tid: Any,
-    k0: Any, k1: Any,
+    gradient: Any, origin: Any, sums: Any, factor: Any, words: Any, tile: Any, stop: Any,
+    jump: Any, tid: Any, k0: Any, k1: Any,
 ) -> None:  # fmt: skip
     """Add D·g to the buckets of one tile; the array begins at weight origin."""
     size = np.int64(sums.shape[0])
@@ -218,41 +200,45 @@ def _sum_tile(
             prefetch_two(gradient, i + early)
             sign = (load(words, i & (ROW - 1)) << lift) & top
             part = permute_xor(load(gradient, i - origin) ^ sign, low)
-            accumulate(sums, (i & (size - 1)) ^ high, part)
+            accumulate(sums, (i & (size - 1)) ^ high, part, factor)
 
 
-@njit
-def _project_steps(
-    gradient: Any, sums: Any, tid: Any, k0: Any, k1: Any, blocks: Any, first: Any, last: Any
+@njit(cache=True, nogil=True)
+def project(
+    gradient: Any,
+    sums: Any,
+    factor: Any,
+    tid: Any,
+    k0: Any,
+    k1: Any,
+    run: Any,
+    blocks: Any,
+    first: Any,
+    last: Any,
 ) -> None:
+    """Add factor · bucket sums, shape (K,), for the steps first … last of a walk (`_tile_of`).
+
+    With run > 0 every blocks · run steps have buckets of their own.
+    """
     words = np.empty(ROW, np.uint32)
     count = gradient.shape[0]
-    chunks = max(1, sums.shape[0] // TILE)
-    tile = _tile_of(first, chunks, blocks, tid, k0, k1)
+    size = np.int64(sums.shape[0])
+    tile = _tile_of(first, run, blocks, size, tid, k0, k1)
     for step in range(first, last):
-        following = _tile_of(step + 1, chunks, blocks, tid, k0, k1)
+        following = _tile_of(step + 1, run, blocks, size, tid, k0, k1)
         start = tile * TILE
         left = min(TILE, count - start)
         if left > 0:
             tile_words(words, 0, tile, tid, k0, k1, False)
             if left % STEP == 0:
                 jump = (following - tile - 1) * TILE
-                _sum_tile(gradient, 0, sums, words, tile, start + left, jump, tid, k0, k1)
+                _sum_tile(gradient, 0, sums, factor, words, tile, start + left, jump, tid, k0, k1)
             else:
                 spare = np.zeros(TILE, gradient.dtype)
                 spare[:left] = gradient[start : start + left]
                 stop = start + (left + STEP - 1) // STEP * STEP
-                _sum_tile(spare, start, sums, words, tile, stop, 0, tid, k0, k1)
+                _sum_tile(spare, start, sums, factor, words, tile, stop, 0, tid, k0, k1)
         tile = following
-
-
-@njit(parallel=True, cache=True)
-def project(gradient: Any, sums: Any, tid: Any, k0: Any, k1: Any, blocks: Any, steps: Any) -> None:
-    """Add the bucket sums of each part of the walk to its own row of sums, shape (parts, K)."""
-    parts = sums.shape[0]
-    for part in prange(parts):
-        first, last = part * steps // parts, (part + 1) * steps // parts
-        _project_steps(gradient, sums[part], tid, k0, k1, blocks, first, last)
 
 
 @njit(inline="always")
@@ -304,11 +290,16 @@ def _add_moves(base: Any, out: Any, tile: Any, moves: Any) -> None:
         out[start + whole : start + count] = spare[: count - whole]
 
 
-@njit
-def _independent_steps(
+@njit(cache=True, nogil=True)
+def independent(
     base: Any, out: Any, keys: Any, tables: Any, moved: Any, tid: Any, factor: Any, first: Any,
     last: Any,
 ) -> None:  # fmt: skip
+    """DESIGN §2 step 8 for the tiles first … last, seeds in groups of four.
+
+    tables: the 16 sums of signs of each group. moved[g] ≥ 0: after group g the int32 totals are
+    added to int64 ones, shifted left so far.
+    """
     words = np.empty(GROUP * ROW, np.uint32)
     total = np.empty(TILE, np.int32)
     wide = np.empty(TILE, np.int64)
@@ -340,39 +331,22 @@ def _independent_steps(
         _add_moves(base, out, tile, moves)
 
 
-@njit(parallel=True, cache=True)
-def independent(
-    base: Any, out: Any, keys: Any, tables: Any, moved: Any, tid: Any, factor: Any, parts: Any
-) -> None:
-    """DESIGN §2 step 8 for groups of four seeds, each group's sums of signs in a table of 16.
-
-    moved[g] ≥ 0: after group g the int32 totals are added to int64 ones, shifted left so far.
-    """
-    tiles = (base.shape[0] + TILE - 1) // TILE
-    for part in prange(parts):
-        first, last = part * tiles // parts, (part + 1) * tiles // parts
-        _independent_steps(base, out, keys, tables, moved, tid, factor, first, last)
-
-
-@njit(parallel=True, cache=True)
-def project_independent(gradient: Any, keys: Any, sums: Any, tid: Any) -> None:
-    """sums[s] = Σ_i D_s[i]·gradient[i] in float64, one seed after the other on each thread."""
-    count = gradient.shape[0]
-    for s in prange(keys.shape[0]):
-        words = np.empty(ROW, np.uint32)
-        spare = np.zeros(TILE, gradient.dtype)
-        lanes = np.zeros(ROW, np.float64)
-        top = splat(_TOP)
-        for tile in range((count + TILE - 1) // TILE):
-            tile_words(words, 0, tile, tid, keys[s, 0], keys[s, 1], False)
-            start = tile * TILE
-            part = gradient[start : start + TILE]
-            if part.shape[0] < TILE:
-                spare[: part.shape[0]] = part
-                part = spare
-            for row in range(TILE // ROW):
-                lift = splat(uint32(31 - row))
-                for m in range(0, ROW, 16):
-                    sign = (load(words, m) << lift) & top
-                    accumulate(lanes, m, load(part, row * ROW + m) ^ sign)
-        sums[s] = lanes.sum()
+@njit(cache=True, nogil=True)
+def project_independent(gradient: Any, key: Any, tid: Any) -> Any:
+    """Return Σ_i D_s[i]·gradient[i] in float64 for one seed."""
+    words = np.empty(ROW, np.uint32)
+    spare = np.zeros(TILE, gradient.dtype)
+    sums = np.zeros(ROW, np.float64)
+    top = splat(_TOP)
+    for tile in range((gradient.shape[0] + TILE - 1) // TILE):
+        tile_words(words, 0, tile, tid, key[0], key[1], False)
+        part = gradient[tile * TILE : (tile + 1) * TILE]
+        if part.shape[0] < TILE:
+            spare[: part.shape[0]] = part
+            part = spare
+        for row in range(TILE // ROW):
+            lift = splat(uint32(31 - row))
+            for m in range(0, ROW, 16):
+                sign = (load(words, m) << lift) & top
+                accumulate(sums, m, load(part, row * ROW + m) ^ sign, 1.0)
+    return sums.sum()
