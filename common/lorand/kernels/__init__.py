@@ -6,6 +6,7 @@ the definition; every backend gives the same bits in `materialise`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,16 @@ from numpy.typing import NDArray
 
 from lorand.coefficients import Coefficients, Table
 from lorand.philox import Key
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one tensor is materialised: from base into out, with the table of that number."""
+
+    base: torch.Tensor
+    out: torch.Tensor
+    tid: int
+    table: int
 
 
 class Backend(Protocol):
@@ -30,6 +41,14 @@ class Backend(Protocol):
 
         base and out share shape and dtype (float32, bfloat16 or float16) and may be the same
         tensor; table has shape (K,). D and r are those of tensor number tid under key.
+        """
+
+    def materialise_all(
+        self, places: Sequence[Place], tables: Sequence[Table], *, key: Key
+    ) -> None:
+        """As `materialise` for each place: small tensors then cost little more than their weights.
+
+        tables have one shape (K,); a place says which one it takes.
         """
 
     def project(
@@ -71,6 +90,12 @@ def backend_for(device: torch.device) -> Backend:
         except ImportError:  # numba is optional: the reference is slower, never different.
             return reference.ReferenceBackend()
         return cpu.CpuBackend()
+    if device.type == "cuda":  # torch's name for ROCm devices too
+        try:
+            from lorand.kernels import gpu
+        except ImportError:  # Triton comes with torch's own builds, not with every platform's.
+            return reference.ReferenceBackend()
+        return gpu.GpuBackend()
     return reference.ReferenceBackend()
 
 

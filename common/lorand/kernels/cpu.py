@@ -18,10 +18,9 @@ import torch
 from numpy.typing import NDArray
 
 from lorand.coefficients import Coefficients, Table, check_magnitude
-from lorand.kernels import check_pair, tiles
+from lorand.kernels import Place, check_pair, tiles
 from lorand.kernels.reference import ReferenceBackend
 from lorand.kernels.selfcheck import Trust
-from lorand.kernels.simd import STREAM_ALIGN
 from lorand.philox import Key
 
 CHUNK: Final = 1 << 15
@@ -45,7 +44,8 @@ _BITS: Final = {
     torch.bfloat16: torch.uint16,
     torch.float16: torch.int16,
 }
-"""How 16-bit weights are named to the compiled code (`simd`)."""
+"""How weights are named to the compiled code (`simd`)."""
+_LIKE: Final = {dtype: torch.empty(0, dtype=bits).numpy() for dtype, bits in _BITS.items()}
 
 
 def _compiled_before() -> bool:
@@ -64,26 +64,51 @@ class CpuBackend(ReferenceBackend):
         self, base: torch.Tensor, table: Table, out: torch.Tensor, *, key: Key, tid: int
     ) -> None:
         """See `lorand.kernels.Backend.materialise`."""
-        check_pair(base, out)
-        if base.numel() == 0 or not self._trusted("hadamard", base):
-            super().materialise(base, table, out, key=key, tid=tid)
-            return
-        source, target = _array(base), _array(out)
-        stream = (
-            source.nbytes >= STREAM_BYTES
-            and target.ctypes.data % STREAM_ALIGN == 0
-            and target.ctypes.data != source.ctypes.data
+        self.materialise_all([Place(base, out, tid, 0)], [table], key=key)
+
+    def materialise_all(
+        self, places: Sequence[Place], tables: Sequence[Table], *, key: Key
+    ) -> None:
+        """See `lorand.kernels.Backend.materialise_all`."""
+        alike: dict[torch.dtype, list[Place]] = {}
+        for place in places:
+            check_pair(place.base, place.out)
+            alike.setdefault(place.base.dtype, []).append(place)
+        for some in alike.values():
+            if self._trusted("hadamard", some[0].base):
+                self._materialise_alike(some, tables, key)
+            else:
+                ReferenceBackend().materialise_all(some, tables, key=key)
+
+    def _materialise_alike(
+        self, places: Sequence[Place], tables: Sequence[Table], key: Key
+    ) -> None:
+        """Tensors of one dtype: a walk through all of them, shared among threads."""
+        dtype = places[0].base.dtype
+        bases = [place.base.detach().contiguous() for place in places]
+        outs = [place.out.detach().contiguous() for place in places]
+        values = np.stack([np.asarray(table, np.float32) for table in tables]).view(np.uint32)
+        size = values.shape[1]
+        counts = np.array([base.numel() for base in bases], np.int64)
+        columns = (
+            np.array([base.data_ptr() for base in bases], np.int64),
+            np.array([out.data_ptr() for out in outs], np.int64),
+            counts,
+            np.array([place.tid for place in places], np.uint32),
+            values,
+            np.array([place.table for place in places], np.int64),
         )
-        values = np.ascontiguousarray(table, np.float32).view(np.uint32)
-        run, blocks, steps = _walk(source.size, table.size, 1, MATERIALISE_BY_CHUNK)
-        paired = base.dtype == torch.bfloat16
-        place = (*_key(tid, key), paired, stream, run, blocks)
+        chunk = CHUNK if size >= MATERIALISE_BY_CHUNK else 0
+        setting = (*_words(*key), dtype == torch.bfloat16, chunk, STREAM_BYTES)
 
         def part(first: int, last: int) -> None:
-            tiles.materialise(source, target, values, *place, first, last)
+            tiles.materialise(_LIKE[dtype], *columns, *setting, first, last)
 
-        _share(part, steps, _threads(source.size))
-        _store(target, out)
+        steps = sum(tiles.walk.py_func(count, size, chunk)[2] for count in counts.tolist())
+        _share(part, steps, _threads(int(counts.sum())))
+        for place, out in zip(places, outs, strict=True):
+            if not place.out.is_contiguous():
+                place.out.detach().copy_(out)
 
     def project(
         self, gradient: torch.Tensor, size: int, *, key: Key, tid: int
@@ -94,12 +119,14 @@ class CpuBackend(ReferenceBackend):
             return super().project(gradient, size, key=key, tid=tid)
         array, sums = _array(gradient), np.zeros(size)
         threads = _threads(array.size)
-        run, blocks, steps = _walk(array.size, size, threads, PROJECT_BY_CHUNK)
+        each = 1 << (size // threads).bit_length() - 1  # a power of two, at least one a thread
+        chunk = min(CHUNK, each) if size >= PROJECT_BY_CHUNK else 0
+        run, blocks, steps = tiles.walk.py_func(array.size, size, chunk)
         lock = threading.Lock()
 
         def part(first: int, last: int) -> None:
             own = sums if run or threads == 1 else np.zeros(size)
-            tiles.project(array, own, 1.0, *_key(tid, key), run, blocks, first, last)
+            tiles.project(array, own, 1.0, np.uint32(tid), *_words(*key), run, blocks, first, last)
             if own is not sums:
                 with lock:
                     np.add(sums, own, out=sums)
@@ -187,19 +214,6 @@ def _grouped(
     return seeds, tables.reshape(-1).astype(np.int32), moved
 
 
-def _walk(count: int, size: int, threads: int, by_chunk: int) -> tuple[int, int, int]:
-    """run, blocks and steps of a walk (`tiles._tile_of`), by chunks from the pool size by_chunk on.
-
-    There are at least as many chunks as threads.
-    """
-    steps, table = -(-count // tiles.TILE), size // tiles.TILE
-    if size < by_chunk or table < threads or count <= size:
-        return 0, 1, steps
-    run = min(CHUNK // tiles.TILE, 1 << (table // threads).bit_length() - 1)
-    blocks = -(-steps // table)
-    return run, blocks, blocks * table
-
-
 def _threads(count: int) -> int:
     threads = torch.get_num_threads()
     return 1 if threads == 1 or count < PARALLEL else threads
@@ -238,8 +252,8 @@ def _pool() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
-def _key(tid: int, key: Key) -> tuple[np.uint32, np.uint32, np.uint32]:
-    return np.uint32(tid), np.uint32(key[0]), np.uint32(key[1])
+def _words(*words: int) -> tuple[np.uint32, ...]:
+    return tuple(np.uint32(word) for word in words)
 
 
 def _array(tensor: torch.Tensor) -> NDArray[Any]:

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from lorand.coefficients import Coefficients, Table, check_magnitude
-from lorand.kernels import check_pair
+from lorand.kernels import Place, check_pair
 from lorand.philox import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1, Key
 
 CHUNK = 1 << 16
@@ -84,6 +84,13 @@ class ReferenceBackend:
             move = signs(start, count, key=key, tid=tid, device=base.device) * values[place]
             target[start : start + count] = source[start : start + count].float() + move
         _write_back(target, out)
+
+    def materialise_all(
+        self, places: Sequence[Place], tables: Sequence[Table], *, key: Key
+    ) -> None:
+        """See `lorand.kernels.Backend.materialise_all`."""
+        for place in places:
+            self.materialise(place.base, tables[place.table], place.out, key=key, tid=place.tid)
 
     def project(
         self, gradient: torch.Tensor, size: int, *, key: Key, tid: int

@@ -268,6 +268,16 @@ def _pointer(context: Any, builder: Any, array_type: Any, kind: Any, *place: Any
     return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
 
 
+@intrinsic
+def pointer_to(_context: Any, _address: Any) -> Any:
+    """Return an address as the pointer that `numba.carray` takes."""
+
+    def codegen(_: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), codegen
+
+
 def _read(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     def read(of: Any) -> Any:
         pointer = _pointer(context, builder, kind, of, array, index)

@@ -9,9 +9,10 @@ nearest cache. Weights are arrays as in `simd`; tables are uint32 (the bits of f
 from typing import Any, Final
 
 import numpy as np
-from numba import njit, uint32, uint64
+from numba import carray, njit, uint32, uint64
 
 from lorand.kernels.simd import (
+    STREAM_ALIGN,
     accumulate,
     add_floats,
     fence,
@@ -22,6 +23,7 @@ from lorand.kernels.simd import (
     look_up,
     permute_xor,
     philox_blocks,
+    pointer_to,
     prefetch_two,
     scale,
     splat,
@@ -88,6 +90,16 @@ def tile_words(words: Any, at: Any, tile: Any, tid: Any, k0: Any, k1: Any, paire
             store(words, at + 64 * half + 32 * part + 16, b)
 
 
+@njit(cache=True)
+def walk(count: Any, size: Any, chunk: Any) -> Any:
+    """run, blocks and steps of a walk (`_tile_of`) through count weights, K = size."""
+    steps = (count + TILE - 1) // TILE
+    if chunk == 0 or count <= size:
+        return 0, 1, steps
+    blocks = (steps * TILE + size - 1) // size
+    return chunk // TILE, blocks, blocks * (size // TILE)
+
+
 @njit
 def _tile_of(step: Any, run: Any, blocks: Any, size: Any, tid: Any, k0: Any, k1: Any) -> Any:
     """The tile of a step of a walk. run = 0: in order. Else tiles that share places come together.
@@ -149,12 +161,11 @@ def _add_tile(
         )  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
-def materialise(
+@njit
+def _materialise_steps(
     base: Any, out: Any, table: Any, tid: Any, k0: Any, k1: Any, paired: Any, stream: Any,
     run: Any, blocks: Any, first: Any, last: Any,
 ) -> None:  # fmt: skip
-    """DESIGN §2 step 7 for the steps first … last of a walk (run, blocks: see `_tile_of`)."""
     words = np.empty(ROW, np.uint32)
     count = base.shape[0]
     size = np.int64(table.shape[0])
@@ -177,6 +188,33 @@ def materialise(
         tile = following
     if stream:
         fence()
+
+
+@njit(cache=True, nogil=True)
+def materialise(
+    like: Any, bases: Any, outs: Any, counts: Any, tids: Any, tables: Any, used: Any, k0: Any,
+    k1: Any, paired: Any, chunk: Any, stream: Any, first: Any, last: Any,
+) -> None:  # fmt: skip
+    """DESIGN §2 step 7 for the steps first … last of a walk through several tensors.
+
+    bases and outs are addresses of `counts` weights of the dtype of `like`; used[n] is the row of
+    tables, shape (rows, K), that tensor n takes. chunk: places of a table that stay in cache, 0 to
+    walk in order (`_tile_of`). Results of stream bytes and more are written past the cache.
+    """
+    before = np.int64(0)
+    for n in range(counts.shape[0]):
+        count = counts[n]
+        run, blocks, steps = walk(count, tables.shape[1], chunk)
+        start, stop = max(first - before, 0), min(last - before, steps)
+        before += steps
+        if start < stop:
+            base = carray(pointer_to(bases[n]), (count,), like.dtype)
+            out = carray(pointer_to(outs[n]), (count,), like.dtype)
+            past = bases[n] != outs[n] and outs[n] % STREAM_ALIGN == 0
+            past = past and count * like.itemsize >= stream
+            _materialise_steps(
+                base, out, tables[used[n]], tids[n], k0, k1, paired, past, run, blocks, start, stop
+            )  # fmt: skip
 
 
 @njit
