@@ -4,7 +4,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test check proto proto-check
+.PHONY: install demo test check proto proto-check gpu-check
 
 install: $(STAMP) ## Make .venv with coordinator, worker, demo model and developer tools.
 
@@ -38,3 +38,10 @@ proto-check: install ## Fail when the checked-in code is not what proto/ generat
 	  --mypy_out=quiet:.venv/proto --mypy_grpc_out=quiet:.venv/proto proto/lorand/v1/*.proto
 	@diff -r -x '__init__.py' -x '__pycache__' .venv/proto/lorand/v1 common/lorand/v1 \
 	  || { echo "generated code differs from proto/: run 'make proto'"; exit 1; }
+
+gpu-check: export PYTHONPATH := common:server:client
+gpu-check: ## Contract and benchmark of the GPU kernels, with python3's own torch; installs nothing.
+	@$(PYTHON) -c 'import pytest' 2>/dev/null || echo "pytest is not installed: only the benchmark"
+	@! $(PYTHON) -c 'import pytest' 2>/dev/null || $(PYTHON) -m pytest -q -W default \
+	  --confcutdir=tests/contracts -m gpu tests/contracts/test_kernels*.py
+	@$(PYTHON) -m benchmarks.gpu --json

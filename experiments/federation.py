@@ -16,12 +16,12 @@ import numpy as np
 from lorand import codec
 from lorand.config import RunConfig
 from lorand.manifest import run_digest
-from lorand.replica import Replica
+from lorand.replica import CopyReplica
 from lorand_coordinator import optimizer
 from lorand_coordinator.aggregation import Report
 from lorand_worker import estimators, model
 from lorand_worker.data import Examples, Sampler
-from lorand_worker.tasks import Classification, Score
+from lorand_worker.tasks import Classification, Forward, Score
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("LORAND_DATA", ROOT.parent / "shared" / "data"))
@@ -51,19 +51,20 @@ def run(
     evaluate_at: Sequence[int],
     source: Path | None = None,
     report: Callable[[Point], None] = lambda point: None,
+    forward: Forward | None = None,
 ) -> list[Point]:
     """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches."""
     loaded = model.load(config.model, len(config.task.labels), source or minilm())
     identity = model.identity(loaded, config)
-    replica = Replica(
-        dict(loaded.module.named_parameters()), identity.manifest, config.pool(identity)
-    )
+    replica = CopyReplica.of(loaded.module, identity.manifest, config.pool(identity))
     estimator = estimators.build(config, replica, loaded.module)
     trainable = {spec.name for spec in identity.manifest.tensors}
 
     def task(examples: Examples) -> Classification:
         length = config.model.max_length
-        return Classification(loaded, examples, trainable=trainable, max_length=length)
+        return Classification(
+            loaded, examples, trainable=trainable, max_length=length, forward=forward
+        )
 
     tasks = [task(shard) for shard in shards]
     samplers = [

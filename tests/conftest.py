@@ -8,6 +8,20 @@ from tests import tiny
 from tests.commands import MakeRoom, Nursery
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors; on a busy machine, threads that wait for each other cost a minute."""
+    import numba
+    import torch
+
+    before = numba.get_num_threads(), torch.get_num_threads()
+    numba.set_num_threads(1)
+    torch.set_num_threads(1)
+    yield
+    numba.set_num_threads(before[0])
+    torch.set_num_threads(before[1])
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT encoder of three layers without a head."""

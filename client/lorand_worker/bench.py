@@ -1,43 +1,85 @@
 """The bench of a worker: model, replica, estimator and private data, put together."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from lorand import layers
 from lorand.coefficients import Coefficients
 from lorand.config import RunConfig
 from lorand.directions import Indices
 from lorand.errors import ConfigError
-from lorand.manifest import Identity
-from lorand.replica import Replica
-from lorand_worker import estimators, model
+from lorand.layerwise import LayerwiseReplica
+from lorand.manifest import Identity, Manifest
+from lorand.replica import DTYPES, CopyReplica, Replica
+from lorand_worker import estimators, memory, model, quantisation
 from lorand_worker.data import Examples, Sampler
 from lorand_worker.estimators import Measurement
+from lorand_worker.memory import Weights
 from lorand_worker.model import LoadedModel
-from lorand_worker.tasks import Classification, Score
+from lorand_worker.tasks import Classification, Forward, Score
 
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model with the replica of its trainable tensors, and what identifies it."""
+    """A loaded base model with the replica of its trainable tensors, and what identifies it.
+
+    `weights` says where they are kept, and why.
+    """
 
     loaded: LoadedModel
     identity: Identity
     replica: Replica
     device: torch.device
+    weights: str
 
 
-def load_base(config: RunConfig, source: Path | None, device_name: str) -> Base:
-    """Load the run's model. Raises ModelError or ConfigError."""
+def load_base(
+    config: RunConfig,
+    source: Path | None,
+    device_name: str,
+    weights: Weights = Weights.COPY,
+    *,
+    checkpointing: bool = False,
+) -> Base:
+    """Load the run's model. Raises ModelError or ConfigError.
+
+    `checkpointing`: backward passes over a copy run each block again instead of keeping its
+    activations, as they always do layerwise.
+    """
     device = parse_device(device_name)
     loaded = model.load(config.model, len(config.task.labels), source)
+    loaded = replace(loaded, stored={name: q.on(device) for name, q in loaded.stored.items()})
     identity = model.identity(loaded, config)
-    loaded.module.to(device)
-    parameters = dict(loaded.module.named_parameters())
-    replica = Replica(parameters, identity.manifest, config.pool(identity))
-    return Base(loaded, identity, replica, device)
+    module, pool = loaded.module, config.pool(identity)
+    elsewhere = [p for p in module.parameters() if p.device != device]
+    to_bring = sum(p.nbytes for p in elsewhere)
+    free = memory.free_bytes(device)
+    kept, why = memory.choose(
+        weights,
+        quantised=bool(loaded.stored),
+        needed_bytes=to_bring + _weight_bytes(identity.manifest),
+        free=free,
+    )
+    if kept == Weights.LAYERWISE:
+        if memory.fits(to_bring, free):
+            for parameter in elsewhere:
+                parameter.data = parameter.data.to(device)
+        replica: Replica = LayerwiseReplica(
+            module, identity.manifest, pool, stored=loaded.stored, device=device
+        )
+    else:
+        quantisation.expand(module, loaded.stored)
+        replica = CopyReplica.of(module.to(device), identity.manifest, pool)
+        if checkpointing:
+            layers.checkpoint(module)
+    return Base(loaded, identity, replica, device, why)
+
+
+def _weight_bytes(manifest: Manifest) -> int:
+    return sum(spec.size * DTYPES[spec.dtype].itemsize for spec in manifest.tensors)
 
 
 def parse_device(name: str) -> torch.device:
@@ -53,14 +95,17 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def task_for(base: Base, config: RunConfig, examples: Examples) -> Classification:
+def task_for(
+    base: Base, config: RunConfig, examples: Examples, forward: Forward | None = None
+) -> Classification:
     """Return the run's task on these examples."""
     return Classification(
         base.loaded,
         examples,
-        trainable=set(base.replica.live),
+        trainable={spec.name for spec in base.identity.manifest.tensors},
         max_length=config.model.max_length,
         device=base.device,
+        forward=forward,
     )
 
 
@@ -73,10 +118,11 @@ class ModelBench:
         config: RunConfig,
         examples: Examples,
         source: random.Random | None = None,
+        forward: Forward | None = None,
     ) -> None:
         """Tokenise the examples and build the run's estimator; `source` fixes the batches."""
         self.replica = base.replica
-        self._task = task_for(base, config, examples)
+        self._task = task_for(base, config, examples, forward)
         self._estimator = estimators.build(config, base.replica, base.loaded.module)
         self._sampler = Sampler(len(examples), config.estimator.batch_size, source)
 

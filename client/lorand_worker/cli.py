@@ -18,6 +18,8 @@ from rich.console import Console
 from lorand.config import RunConfig, load
 from lorand.errors import ConfigError, LorandError
 from lorand_worker import guard
+from lorand_worker.memory import Weights
+from lorand_worker.precision import Precision
 from lorand_worker.reporting import ConsoleReporter
 
 EXIT_CODES = """Exit codes: 0 done; 2 wrong run file or flag; 3 data; 4 model; 5 refused by the
@@ -36,6 +38,32 @@ Address = Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.")]
 Data = Annotated[Path, typer.Option(help="CSV, TSV or JSONL file with a text and a label column.")]
 Model = Annotated[Path | None, typer.Option(help="Local copy of the run's model.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+KeptWeights = Annotated[
+    Weights,
+    typer.Option(
+        help="copy: base beside working weights, twice the memory. layerwise: made as each layer "
+        "runs, from the base. auto: copy where there is room and the base is not quantised."
+    ),
+]
+CacheMemory = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1e9,
+        help="GB of memory for hidden states that cannot change; default: a quarter of what is "
+        "available.",
+    ),
+]
+CacheDisk = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1e9,
+        help="GB of disk for hidden states beyond that, in a file without a name that is gone when "
+        "the worker ends; 0: none; default: a quarter of what is free.",
+    ),
+]
+CacheDir = Annotated[Path | None, typer.Option(help="Where that file is; default: /var/tmp.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")]
 GiveUp = Annotated[float, typer.Option(min=1, help="Seconds to look for an absent coordinator.")]
 
@@ -84,6 +112,24 @@ def join(
     ] = "",
     model: Model = None,
     device: Device = "auto",
+    weights: KeptWeights = Weights.AUTO,
+    checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--checkpointing",
+            help="First-order runs with --weights copy: run layers again in the backward pass "
+            "instead of keeping their activations.",
+        ),
+    ] = False,
+    precision: Annotated[
+        Precision,
+        typer.Option(
+            help="Of forward passes. auto: bfloat16 where it is faster here and harms no scalar."
+        ),
+    ] = Precision.AUTO,
+    cache_memory_gb: CacheMemory = None,
+    cache_disk_gb: CacheDisk = None,
+    cache_dir: CacheDir = None,
     threads: Threads = 0,
     give_up_s: GiveUp = 600.0,
     output: Annotated[Path | None, typer.Option(help="Write the adapter here at the end.")] = None,
@@ -97,7 +143,9 @@ def join(
     from lorand_worker import data as data_files
     from lorand_worker.bench import ModelBench
     from lorand_worker.link import Link
+    from lorand_worker.precision import choose
     from lorand_worker.session import Session, fetch_run
+    from lorand_worker.tasks import Forward
 
     _set_threads(threads)
     report = ConsoleReporter(quiet=json_output)
@@ -111,10 +159,14 @@ def join(
             report.note(line)
         for label in data_files.missing_labels(examples, config.task):
             report.note(f"no example here is labelled {label!r}; other workers may have some")
-        base = _load_base(config, model, device, report)
+        base = _load_base(config, model, device, report, weights, checkpointing)
         if theirs is not None:
             guard.check_identity(base.identity, theirs)
-        bench = ModelBench(base, config, examples)
+        report.note(base.weights)
+        chosen, why = choose(precision, config, base.device)
+        report.note(why)
+        forward = Forward(chosen, _cache_limits(cache_memory_gb, cache_disk_gb, cache_dir))
+        bench = ModelBench(base, config, examples, forward=forward)
         who = name or f"{socket.gethostname()}-{data.stem}"[:64]
         session = Session(link, config, base.identity, bench, who, report)
         participant = session.run()
@@ -156,6 +208,10 @@ def evaluate(
     every: Annotated[int, typer.Option(min=1, help="With --follow: every so many rounds.")] = 10,
     model: Model = None,
     device: Device = "auto",
+    weights: KeptWeights = Weights.AUTO,
+    cache_memory_gb: CacheMemory = None,
+    cache_disk_gb: CacheDisk = None,
+    cache_dir: CacheDir = None,
     threads: Threads = 0,
     give_up_s: GiveUp = 600.0,
     json_output: Json = False,
@@ -165,6 +221,7 @@ def evaluate(
     from lorand_worker import session
     from lorand_worker.bench import ModelBench
     from lorand_worker.link import Link
+    from lorand_worker.tasks import Forward
 
     _set_threads(threads)
     report = ConsoleReporter(quiet=json_output)
@@ -172,14 +229,15 @@ def evaluate(
     try:
         config, theirs = session.fetch_run(link, report.note)
         examples = data_files.load(data, config.task)
-        base = _load_base(config, model, device, report)
+        base = _load_base(config, model, device, report, weights)
         if theirs is not None:
             guard.check_identity(base.identity, theirs)
+        forward = Forward(limits=_cache_limits(cache_memory_gb, cache_disk_gb, cache_dir))
         score = session.evaluate(
             link,
             config,
             base.identity,
-            ModelBench(base, config, examples),
+            ModelBench(base, config, examples, forward=forward),
             name=name or f"{socket.gethostname()}-{data.stem}"[:64],
             every=every,
             follow=follow,
@@ -225,6 +283,7 @@ def export(
         base = _load_base(position.config, model, "cpu", ConsoleReporter(quiet=json_output))
         guard.check_identity(base.identity, position.identity)
         base.replica.set(position.coefficients)
+        base.replica.settle()
         result["merged"] = str(merge.save(base.loaded, position, folder / "merged"))
         result["weights_digest"] = base.replica.digest().hex()
         text += f"\nwrote {result['merged']}: the whole model"
@@ -266,20 +325,33 @@ def _position(source: str) -> Any:
         link.close()
 
 
-def _load_base(config: RunConfig, model: Path | None, device: str, report: ConsoleReporter) -> Any:
+def _load_base(
+    config: RunConfig,
+    model: Path | None,
+    device: str,
+    report: ConsoleReporter,
+    weights: Weights = Weights.COPY,
+    checkpointing: bool = False,
+) -> Any:
     from lorand_worker.bench import load_base
 
     if model is not None and not model.is_dir():
         raise ConfigError(f"--model {model} is not a folder")
     report.note(f"loading {model or config.model.name}")
-    return load_base(config, model, device)
+    return load_base(config, model, device, weights, checkpointing=checkpointing)
+
+
+def _cache_limits(memory_gb: float | None, disk_gb: float | None, folder: Path | None) -> Any:
+    from lorand_worker.cache import Limits
+
+    memory, disk = (None if gb is None else int(gb * 1e9) for gb in (memory_gb, disk_gb))
+    return Limits(memory, disk, folder)
 
 
 def _warm_up(base: Any) -> None:
     """Compile the kernels now, so that workers on this machine find them compiled."""
-    base.replica.set(base.replica.coefficients)
-    first = next(iter(base.replica.live))
-    base.replica.project(first, base.replica.base[first])
+    base.replica.settle()
+    base.replica.project(*next(base.replica.weights()))
 
 
 def _set_threads(threads: int) -> None:

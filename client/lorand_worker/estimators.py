@@ -31,7 +31,7 @@ class Measurement:
 
 
 class Estimator(Protocol):
-    """A way to measure. The replica's weights are w(A) before and after."""
+    """A way to measure. The replica stands at w(A) before and after, also after an error."""
 
     def measure(self, loss: Loss, batch: Sequence[int], indices: Indices) -> Measurement:
         """Return the projected gradients along `indices`. Raises NonFiniteLoss."""
@@ -55,16 +55,13 @@ class Spsa:
         """Return one scalar a direction; 2 · len(indices) forward passes."""
         values = np.empty(len(indices))
         total = 0.0
-        try:
-            for position, index in enumerate(indices.tolist()):
-                self._replica.perturb(index, self._quanta)
+        for position, index in enumerate(indices.tolist()):
+            with self._replica.perturbed(index, self._quanta):
                 above = _finite(loss(batch))
-                self._replica.perturb(index, -self._quanta)
+            with self._replica.perturbed(index, -self._quanta):
                 below = _finite(loss(batch))
-                values[position] = (above - below) / (2 * self._scale)
-                total += above + below
-        finally:
-            self._replica.restore()
+            values[position] = (above - below) / (2 * self._scale)
+            total += above + below
         return Measurement(values, total / (2 * len(indices)))
 
 
@@ -75,17 +72,16 @@ class Backprop:
     the largest gradient and O(K).
     """
 
-    def __init__(self, replica: Replica, parameters: dict[str, torch.nn.Parameter]) -> None:
-        """Hook the trainable parameters; the caller froze the others."""
+    def __init__(self, replica: Replica) -> None:
+        """Take the replica's gradients; the caller froze what is not trained."""
         self._replica = replica
         self._shares = np.zeros(replica.pool.size)
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(True)
-            parameter.register_post_accumulate_grad_hook(self._projector(name))  # type: ignore[no-untyped-call]
+        replica.on_gradient(self._add)
 
     def measure(self, loss: Loss, batch: Sequence[int], indices: Indices) -> Measurement:
         """Return Zᵀ∇L at `indices` (the whole pool, in order)."""
         self._shares = np.zeros(self._replica.pool.size)
+        self._replica.settle()
         value = loss(batch)
         mean = _finite(value.detach())
         value.backward()  # type: ignore[no-untyped-call]
@@ -94,24 +90,15 @@ class Backprop:
             raise NonFiniteLoss("the gradient is not finite")
         return Measurement(values, mean)
 
-    def _projector(self, name: str) -> Callable[[torch.Tensor], None]:
-        def project(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            self._shares += self._replica.project(name, parameter.grad)
-            parameter.grad = None
-
-        return project
+    def _add(self, name: str, gradient: torch.Tensor) -> None:
+        self._shares += self._replica.project(name, gradient)
 
 
 def build(config: RunConfig, replica: Replica, module: torch.nn.Module) -> Estimator:
     """Return the run's estimator on a replica of this module; freezes what is not trained."""
-    trained = {spec.name for spec in replica.manifest.tensors}
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    if config.estimator.kind == "spsa":
-        return Spsa(replica, config)
-    parameters = {name: p for name, p in module.named_parameters() if name in trained}
-    return Backprop(replica, parameters)
+    return Spsa(replica, config) if config.estimator.kind == "spsa" else Backprop(replica)
 
 
 def _finite(value: torch.Tensor) -> float:

@@ -5,9 +5,9 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch import nn
 from lorand.config import ModelSection, RunConfig
 from lorand.errors import ModelError
 from lorand.kernels.reference import signs
+from lorand.layers import Absent
 from lorand.manifest import Identity, Manifest, TensorSpec, select_trainable
 from lorand.replica import DTYPES, tensor_bytes
+from lorand_worker.quantisation import Quantised, quantise_layers
 
 HEAD_KEY = (0x4C6F5261, 0x6E644831)
 """Key of the signs that start the inner layers of a new multi-layer head ("LoRa", "ndH1")."""
@@ -63,11 +65,15 @@ class OwnClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model ready for a run; `new_names` are tensors the checkpoint did not have."""
+    """A base model ready for a run; `new_names` are tensors the checkpoint did not have.
+
+    `stored` are quantised weights by name; the module holds stand-ins for them (`layers.Absent`).
+    """
 
     module: nn.Module
     tokenizer: Any
     new_names: frozenset[str]
+    stored: dict[str, Quantised] = field(default_factory=dict)
 
 
 def load(section: ModelSection, num_labels: int, source: str | Path | None = None) -> LoadedModel:
@@ -121,7 +127,9 @@ def _load(section: ModelSection, num_labels: int, name: str) -> LoadedModel:
         module.head.to(DTYPES[section.dtype])
         new = {"head.weight", "head.bias", *(f"encoder.{key}" for key in _fresh(info))}
     _start_alike(module, new, num_labels)
-    return LoadedModel(module.eval(), tokenizer, frozenset(new))
+    _forget_calls(module)
+    stored = quantise_layers(module, section.quantisation)
+    return LoadedModel(module.eval(), tokenizer, frozenset(new), stored)
 
 
 def _load_encoder(
@@ -172,6 +180,14 @@ def _start_alike(module: nn.Module, new: set[str], num_labels: int) -> None:
                 tensor.zero_()
 
 
+def _forget_calls(module: nn.Module) -> None:
+    """Have causal models keep no keys and values: nothing is generated, and they take memory."""
+    for part in module.modules():
+        config: Any = getattr(part, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
+
+
 def trainable_tensors(model: LoadedModel, rule: str) -> dict[str, torch.Tensor]:
     """Return the parameters that the rule selects, tied ones once, in the model's order."""
     parameters = dict(model.module.named_parameters())
@@ -191,13 +207,20 @@ def identity(model: LoadedModel, config: RunConfig) -> Identity:
         for name, tensor in trainable_tensors(model, config.model.trainable).items()
     ]
     manifest = Manifest(tuple(sorted(specs, key=lambda spec: spec.name)))
-    return Identity(base_digest(model.module), tokenizer_digest(model.tokenizer), manifest)
+    digest = base_digest(model.module, model.stored)
+    return Identity(digest, tokenizer_digest(model.tokenizer), manifest)
 
 
-def base_digest(module: nn.Module) -> bytes:
-    """Return SHA-256 over name, dtype, shape and bytes of every weight, sorted by name."""
+def base_digest(module: nn.Module, stored: Mapping[str, Quantised] | None = None) -> bytes:
+    """Return SHA-256 over name, dtype, shape and bytes of every weight, sorted by name.
+
+    Quantised weights count as what they are dequantised to here: a machine whose library would
+    give other numbers has another base model.
+    """
     total = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
+        if isinstance(tensor, Absent):
+            tensor = (stored or {})[tensor.parameter].dense()
         total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         total.update(tensor_bytes(tensor))
     return total.digest()

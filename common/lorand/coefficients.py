@@ -5,6 +5,7 @@ arithmetic or a single rounding, so the order of summation, the number of thread
 cannot change a bit.
 """
 
+from collections.abc import Iterable
 from typing import Final, TypeVar
 
 import numpy as np
@@ -47,7 +48,11 @@ def total_magnitude(coefficients: Coefficients) -> int:
 
 def check_magnitude(coefficients: Coefficients) -> None:
     """Raise LedgerError if Σ|A| ≥ 2^62: a sum inside the transform could then overflow."""
-    total = total_magnitude(coefficients)
+    check_total(total_magnitude(coefficients))
+
+
+def check_total(total: int) -> None:
+    """Raise LedgerError unless a Σ|A| of `total` is below 2^62."""
     if total >= MAGNITUDE_LIMIT:
         raise LedgerError(
             f"the coefficients have grown to a total of {total:.3e} quanta, above the limit 2^62;"
@@ -84,6 +89,23 @@ def fwht_float(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return _butterfly(values.copy())
 
 
+def hadamard_column(index: int, size: int) -> Coefficients:
+    """Return H[:, index], shape (size,): (−1)^popcount(e & index) for e in [0, size).
+
+    F + c·H[:, index] is the transform of A + c·e_index, so a perturbation needs no second fwht.
+
+    >>> hadamard_column(3, 64)[:4].tolist()
+    [1, -1, -1, 1]
+    """
+    column = np.empty(size, np.int64)
+    column[0] = 1
+    half = 1
+    while half < size:
+        np.multiply(column[:half], -1 if index & half else 1, out=column[half : 2 * half])
+        half *= 2
+    return column
+
+
 _Array = TypeVar("_Array", NDArray[np.int64], NDArray[np.float64])
 
 
@@ -106,8 +128,15 @@ def table(transform: Coefficients, quantum_exponent: int, scale_exponent: int) -
     A power of two only moves the exponent, so fl32(F) is the single rounding.
     Shape (K,); quantum_exponent is q, scale_exponent the tensor's direction scale s.
     """
-    factor = np.float32(2.0 ** (scale_exponent - quantum_exponent))
-    return transform.astype(np.float32) * factor
+    return tables(transform, quantum_exponent, [scale_exponent])[scale_exponent]
+
+
+def tables(
+    transform: Coefficients, quantum_exponent: int, scale_exponents: Iterable[int]
+) -> dict[int, Table]:
+    """Return the table of each direction scale: F is rounded once for all of them."""
+    rounded = transform.astype(np.float32)
+    return {s: rounded * np.float32(2.0 ** (s - quantum_exponent)) for s in scale_exponents}
 
 
 def quanta(value: float, quantum_exponent: int) -> int:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -21,9 +21,15 @@ from lorand.schedules import Schedule
 
 PROTOCOL_VERSION = 1
 
+Quantisation = Literal["none", "int8", "nf4"]
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+ADDED_LATER: Final = {"model": {"quantisation": "none"}}
+"""Settings that the first runs did not have: at these values they are not part of the identity."""
 
 
 class _Section(BaseModel):
@@ -44,6 +50,7 @@ class ModelSection(_Section):
     name: str
     revision: str = "main"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantisation: Quantisation = "none"
     trainable: str = "all"
     head: Literal["auto", "own", "pooled"] = "auto"
     feature_scale: Positive = 10.0
@@ -206,6 +213,10 @@ class RunConfig(_Section):
     def canonical(self) -> str:
         """Return the identity of the run as text: JSON, sorted, without [service]."""
         content = self.model_dump(mode="json", exclude={"service"})
+        for section, added in ADDED_LATER.items():
+            for name, value in added.items():
+                if content[section][name] == value:
+                    del content[section][name]
         return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     def digest(self) -> bytes:

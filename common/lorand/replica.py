@@ -1,52 +1,50 @@
 """A replica: the trainable tensors of a model, kept equal to w(A), bit for bit."""
 
 import hashlib
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from lorand.coefficients import Coefficients, fwht, fwht_float, table, zeros
+from lorand.coefficients import Coefficients, fwht_float, zeros
 from lorand.directions import Pool, seed_keys
+from lorand.displacement import Displacement, Target, displacement
 from lorand.errors import ModelError
 from lorand.kernels import Backend, backend_for
 from lorand.manifest import Manifest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+OnGradient = Callable[[str, torch.Tensor], None]
+"""Takes a tensor's name and its gradient, which is freed afterwards."""
 
-class Replica:
-    """Base weights w0 (copied at construction) and live tensors that always hold w(A).
 
-    `tensors` maps the manifest's names to the model's own parameters; they are overwritten in
-    place. Raises ModelError when names, shapes or dtypes are not the manifest's.
+class Replica(ABC):
+    """Weights w(A), or w(A + c·e_k) inside `perturbed`; written when somebody needs them.
+
+    `CopyReplica` keeps them beside the base weights, `lorand.layerwise.LayerwiseReplica` makes
+    them as each layer runs. A model runs on them without further ado; who reads its parameters
+    himself calls `settle` before.
     """
 
-    def __init__(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        manifest: Manifest,
-        pool: Pool,
-        backend: Backend | None = None,
-    ) -> None:
-        """Copy the base weights; A starts at zero."""
-        check_tensors(tensors, manifest)
+    def __init__(self, manifest: Manifest, pool: Pool, backend: Backend) -> None:
+        """Start at A = 0."""
         self.manifest = manifest
         self.pool = pool
-        self.live = {spec.name: tensors[spec.name].detach() for spec in manifest.tensors}
-        self.base = {
-            name: t.clone(memory_format=torch.contiguous_format) for name, t in self.live.items()
-        }
-        self.backend = backend or backend_for(next(iter(self.live.values())).device)
-        self.coefficients = zeros(pool.size)
+        self.backend = backend
         self._places = {spec.name: (tid, spec) for tid, spec in enumerate(manifest.tensors)}
         self._keys = seed_keys(pool) if pool.family == "independent" else []
-        self.restore()  # w(0) differs from w0 where a base weight is −0.0
+        self._perturbed: Displacement | None = None
+        self.set(zeros(pool.size))
 
     def set(self, coefficients: Coefficients) -> None:
-        """Adopt A, shape (K,), and materialise it: one pass over the weights, whatever K is.
+        """Adopt A, shape (K,): the weights are w(A) from here on.
 
         The array is kept, not copied: coefficients are never changed in place. Raises ValueError
         when A is of another pool size, LedgerError when its sums could overflow.
@@ -55,21 +53,53 @@ class Replica:
             raise ValueError(
                 f"coefficients of shape {coefficients.shape} on a pool of {self.pool.size}"
             )
-        self._materialise(coefficients)
+        assert self._perturbed is None, "a measurement is under way"
+        self._settled = displacement(
+            coefficients,
+            self.pool,
+            self.backend,
+            keys=self._keys,
+            scale_exponents=frozenset(spec.scale_exponent for spec in self.manifest.tensors),
+        )
         self.coefficients = coefficients
+        self._moved()
 
-    def perturb(self, index: int, quanta: int) -> None:
-        """Materialise w(A + quanta · e_index); A itself stays. `restore` ends a measurement.
+    @contextmanager
+    def perturbed(self, index: int, quanta: int) -> Iterator[None]:
+        """Within it the weights are w(A + quanta · e_index); A itself stays.
 
-        Each perturbation writes from the base, so none is needed between two of them.
+        They are written from the base, never by adding and subtracting, so that nothing has to be
+        restored between two perturbations. Raises LedgerError when sums could overflow.
         """
-        moved = self.coefficients.copy()
-        moved[index] += quanta
-        self._materialise(moved)
+        assert self._perturbed is None, "perturbations do not nest"
+        self._perturbed = self._settled.moved(index, quanta)
+        self._moved()
+        try:
+            self.settle()
+            yield
+        finally:
+            self._perturbed = None
+            self._moved()
 
-    def restore(self) -> None:
-        """Write w(A) again, from the base; never by subtraction."""
-        self._materialise(self.coefficients)
+    @abstractmethod
+    def settle(self) -> None:
+        """Write the weights where they are not yet what they should be."""
+
+    @abstractmethod
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield name and weights of each tensor; a tensor may be gone when the next is yielded."""
+
+    @abstractmethod
+    def on_gradient(self, call: OnGradient) -> None:
+        """Have backward passes hand over each tensor's gradient as it is known, and free it."""
+
+    def digest(self) -> bytes:
+        """Return SHA-256 over name and bytes of all trainable weights: equal on all replicas."""
+        total = hashlib.sha256()
+        for name, tensor in self.weights():
+            total.update(name.encode() + b"\0")
+            total.update(tensor_bytes(tensor))
+        return total.digest()
 
     def project(self, name: str, gradient: torch.Tensor) -> NDArray[np.float64]:
         """Return one tensor's share of Zᵀg in the bucket basis (hadamard) or by seed.
@@ -87,44 +117,90 @@ class Replica:
         """Return Zᵀg, shape (K,), from the summed shares of `project`."""
         return shares if self.pool.family == "independent" else fwht_float(shares)
 
-    def digest(self) -> bytes:
-        """Return SHA-256 over name and bytes of all trainable weights: equal on all replicas."""
-        total = hashlib.sha256()
-        for name, tensor in self.live.items():
-            total.update(name.encode() + b"\0")
-            total.update(tensor_bytes(tensor))
-        return total.digest()
+    def _target(self, name: str, base: torch.Tensor, out: torch.Tensor) -> Target:
+        tid, spec = self._places[name]
+        return Target(base, out, tid, spec.scale_exponent)
 
-    def _materialise(self, coefficients: Coefficients) -> None:
-        if self.pool.family == "independent":
-            self._materialise_independent(coefficients)
-            return
-        transform = fwht(coefficients)
-        tables = {
-            s: table(transform, self.pool.quantum_exponent, s)
-            for s in {spec.scale_exponent for spec in self.manifest.tensors}
+    def _write(self, targets: Sequence[Target]) -> None:
+        """Write weights, as they should be now."""
+        (self._perturbed or self._settled).write(targets)
+
+    def _moved(self) -> None:  # noqa: B027 - a replica that keeps no weights has nothing to note
+        """Note that the weights should be others now."""
+
+
+class CopyReplica(Replica):
+    """Base weights (copied at construction) beside the model's own parameters, which hold w(A).
+
+    `tensors` maps the manifest's names to those parameters; they are overwritten in place. Raises
+    ModelError when names, shapes or dtypes are not the manifest's.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        manifest: Manifest,
+        pool: Pool,
+        backend: Backend | None = None,
+    ) -> None:
+        """Copy the base weights."""
+        check_tensors(tensors, manifest)
+        self._parameters = {spec.name: tensors[spec.name] for spec in manifest.tensors}
+        self._live = {name: t.detach() for name, t in self._parameters.items()}
+        self.base = {
+            name: t.clone(memory_format=torch.contiguous_format) for name, t in self._live.items()
         }
-        for tid, spec in enumerate(self.manifest.tensors):
-            self.backend.materialise(
-                self.base[spec.name],
-                tables[spec.scale_exponent],
-                self.live[spec.name],
-                key=self.pool.key,
-                tid=tid,
-            )
+        self._hooks: list[RemovableHandle] = []
+        self._stale = True
+        first = next(iter(self._live.values()))
+        super().__init__(manifest, pool, backend or backend_for(first.device))
+        self._targets = [self._target(n, self.base[n], out) for n, out in self._live.items()]
 
-    def _materialise_independent(self, coefficients: Coefficients) -> None:
-        used = np.flatnonzero(coefficients)
-        keys = [self._keys[k] for k in used]
-        for tid, spec in enumerate(self.manifest.tensors):
-            self.backend.materialise_independent(
-                self.base[spec.name],
-                keys,
-                coefficients[used],
-                self.live[spec.name],
-                tid=tid,
-                exponent=spec.scale_exponent - self.pool.quantum_exponent,
-            )
+    @staticmethod
+    def of(module: nn.Module, manifest: Manifest, pool: Pool) -> "CopyReplica":
+        """Return the replica of a module, which from now on only runs on settled weights."""
+        replica = CopyReplica(dict(module.named_parameters()), manifest, pool)
+        module.register_forward_pre_hook(lambda *_: replica.settle())
+        return replica
+
+    @property
+    def live(self) -> Mapping[str, torch.Tensor]:
+        """The model's own tensors, settled, by name."""
+        self.settle()
+        return self._live
+
+    def settle(self) -> None:
+        """See Replica: one pass over the weights, whatever K is, or none."""
+        if self._stale:
+            self._write(self._targets)
+            self._stale = False
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See Replica."""
+        yield from self.live.items()
+
+    def on_gradient(self, call: OnGradient) -> None:
+        """See Replica."""
+        for hook in self._hooks:
+            hook.remove()
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(True)
+            self._hooks.append(hand_over(name, parameter, call))
+
+    def _moved(self) -> None:
+        self._stale = True
+
+
+def hand_over(name: str, leaf: torch.Tensor, call: OnGradient) -> RemovableHandle:
+    """Have a leaf tensor's gradient handed to `call` and freed as soon as backward yields it."""
+
+    def take(tensor: torch.Tensor) -> None:
+        gradient, tensor.grad = tensor.grad, None
+        assert gradient is not None
+        call(name, gradient)
+
+    handle: RemovableHandle = leaf.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+    return handle
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor], manifest: Manifest) -> None:

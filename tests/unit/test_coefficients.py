@@ -16,8 +16,10 @@ from lorand.coefficients import (
     check_size,
     fwht,
     fwht_float,
+    hadamard_column,
     quanta,
     table,
+    tables,
     total_magnitude,
     zeros,
 )
@@ -66,6 +68,16 @@ def test_fwht_twice_is_k_times_the_identity(coefficients: Coefficients) -> None:
 def test_fwht_is_linear(a: Coefficients, factor: int, seed: int) -> None:
     b = np.random.default_rng(seed).integers(-(2**40), 2**40, len(a), dtype=np.int64)
     assert fwht(a + factor * b).tolist() == (fwht(a) + factor * fwht(b)).tolist()
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(6, 10), st.data())
+def test_a_column_is_the_transform_of_a_unit_vector(log2_size: int, data: st.DataObject) -> None:
+    """F + c·H[:, k] is then the transform of A + c·e_k: a perturbation costs O(K)."""
+    size = 1 << log2_size
+    index = data.draw(st.integers(0, size - 1))
+    unit = np.eye(1, size, index, dtype=np.int64)[0]
+    assert hadamard_column(index, size).tolist() == fwht(unit).tolist()
 
 
 def test_fwht_leaves_its_argument_alone() -> None:
@@ -208,6 +220,20 @@ def test_table_rounds_once_where_two_roundings_would_differ() -> None:
     transform = np.array([2**60 + 2**36 + 1], np.int64)
     assert float(table(transform, 0, 0)[0]) == 2**60 + 2**37
     assert float(np.float32(transform.astype(np.float64)[0])) == 2**60
+
+
+@settings(deadline=None, max_examples=30)
+@given(vectors(), st.lists(st.integers(-10, 10), min_size=1, max_size=4, unique=True))
+def test_tables_of_all_scales_are_power_of_two_multiples(
+    coefficients: Coefficients, scales: list[int]
+) -> None:
+    """One rounding serves them all, bit for bit."""
+    together = tables(fwht(coefficients), 32, scales)
+    assert list(together) == scales
+    for scale in scales:
+        assert together[scale].tobytes() == table(fwht(coefficients), 32, scale).tobytes()
+        first = together[scales[0]] * np.float32(2.0 ** (scale - scales[0]))
+        assert together[scale].tobytes() == first.tobytes()
 
 
 def test_quanta_is_the_nearest_integer() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from lorand.config import RunConfig, load
+from lorand.config import ADDED_LATER, RunConfig, load
 from lorand.directions import pool_key
 from lorand.errors import ConfigError
 from lorand.manifest import Identity, Manifest, TensorSpec, run_digest
@@ -65,7 +65,11 @@ def test_the_spelling_of_a_file_is_not_its_identity() -> None:
 
 
 def test_the_canonical_text_holds_every_section_but_service() -> None:
+    """A setting that the first runs did not have is left out at the value they had."""
     content = json.loads(config_of().canonical())
+    for name, added in ADDED_LATER.items():
+        assert set(added).isdisjoint(content[name])
+        content[name] |= added
     assert set(content) == set(RunConfig.model_fields) - {"service"}
     for name, section in content.items():
         assert set(section) == set(type(getattr(config_of(), name)).model_fields)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import pytest
@@ -10,11 +10,15 @@ import torch
 from numpy.typing import NDArray
 from tests import tiny
 
+from lorand.config import Quantisation
 from lorand.errors import ConfigError
 from lorand.kernels.reference import buckets, signs
 from lorand_worker import data
 from lorand_worker.bench import Base, ModelBench, load_base, parse_device, task_for
 from lorand_worker.estimators import Backprop, NonFiniteLoss, Spsa, build
+from lorand_worker.memory import Weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BATCH: Final = list(range(12))
 POOL: Final = 128
@@ -23,16 +27,27 @@ POOL: Final = 128
 class Made:
     """A base model somewhere in a run, its task and its estimator."""
 
-    def __init__(self, folder: Path, kind: Literal["spsa", "backprop"], trainable: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        kind: Literal["spsa", "backprop"],
+        trainable: str,
+        weights: Weights = Weights.COPY,
+        *,
+        checkpointing: bool = False,
+        quantisation: Quantisation = "none",
+    ) -> None:
         """Load it, and move the weights away from zero coefficients."""
         self.config = tiny.config(
             kind,
-            model={"trainable": trainable},
+            model={"trainable": trainable, "quantisation": quantisation},
             directions={"pool_size": POOL, "head_scale": 4.0},
             # Small, so that the third derivative along a direction hardly counts.
             estimator={"perturbation_scale": 2.0**-9},
         )
-        self.base: Base = load_base(self.config, folder, "cpu")
+        self.base: Base = load_base(
+            self.config, folder, "cpu", weights, checkpointing=checkpointing
+        )
         source = np.random.default_rng(7)
         start = source.integers(-(2**26), 2**26, POOL)
         self.base.replica.set(start)
@@ -46,7 +61,7 @@ class Made:
     def gradients(self) -> dict[str, torch.Tensor]:
         """Plain autograd's, by name, in float64."""
         module = self.base.loaded.module
-        names = list(self.base.replica.live)
+        names = [spec.name for spec in self.base.identity.manifest.tensors]
         parameters = dict(module.named_parameters())
         before = [parameters[name].requires_grad for name in names]
         for name in names:
@@ -89,6 +104,56 @@ def test_backprop_is_every_directions_slope(tiny_model: Path, trainable: str) ->
     assert all(p.grad is None for p in made.base.loaded.module.parameters()), "freed at once"
     again = made.estimator.measure(made.task.loss, BATCH, np.arange(POOL))
     np.testing.assert_allclose(again.values, measured.values, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("trainable", ["all", "last:1", "name:layer.0|^head"])
+def test_spsa_measures_the_same_bits_layer_by_layer(tiny_model: Path, trainable: str) -> None:
+    """Weights and so losses agree bit for bit, whichever way they are made."""
+    indices = np.array([3, 77, 100])
+    results = []
+    for weights in (Weights.COPY, Weights.LAYERWISE):
+        made = Made(tiny_model, "spsa", trainable, weights)
+        results.append(made.estimator.measure(made.task.loss, BATCH, indices))
+    assert results[0].values.tolist() == results[1].values.tolist()
+    assert results[0].loss == results[1].loss
+
+
+@pytest.mark.parametrize("trainable", ["all", "last:1", "name:layer.0|^head"])
+def test_backprop_measures_the_same_layer_by_layer(tiny_model: Path, trainable: str) -> None:
+    """Also on a copy whose blocks are run again in the backward pass."""
+    plain, again, layerwise = (
+        made.estimator.measure(made.task.loss, BATCH, np.arange(POOL))
+        for made in (
+            Made(tiny_model, "backprop", trainable),
+            Made(tiny_model, "backprop", trainable, checkpointing=True),
+            Made(tiny_model, "backprop", trainable, Weights.LAYERWISE),
+        )
+    )
+    assert plain.loss == again.loss == layerwise.loss
+    scale = float(np.abs(plain.values).max())
+    for other in (again, layerwise):
+        np.testing.assert_allclose(other.values, plain.values, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_a_zeroth_order_round_is_two_passes_a_direction(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adopting a round's coefficients costs none, nor does returning to them."""
+    made = Made(tiny_model, "spsa", "last:1")
+    backend = made.base.replica.backend
+    passes = []
+    whole = backend.materialise_all
+
+    def counted(places: Any, tables: Any, *, key: Any) -> None:
+        passes.append(len(places))
+        whole(places, tables, key=key)
+
+    monkeypatch.setattr(type(backend), "materialise_all", lambda _, *a, **k: counted(*a, **k))
+    tensors = len(made.base.identity.manifest.tensors)
+    for number in range(3):
+        made.base.replica.set(np.full(POOL, number, np.int64))
+        made.estimator.measure(made.task.loss, BATCH, np.array([1, 2]))
+    assert passes == [tensors] * 3 * 2 * 2
 
 
 def test_backprop_answers_in_the_order_of_the_draw(tiny_model: Path) -> None:
@@ -173,7 +238,11 @@ def test_what_is_not_trained_is_frozen(tiny_model: Path) -> None:
         made = Made(tiny_model, kind, "last:1")  # type: ignore[arg-type]
         assert isinstance(made.estimator, of)
         asked = {n for n, p in made.base.loaded.module.named_parameters() if p.requires_grad}
-        assert asked == (set(made.base.replica.live) if kind == "backprop" else set())
+        assert asked == (
+            {spec.name for spec in made.base.identity.manifest.tensors}
+            if kind == "backprop"
+            else set()
+        )
 
 
 def test_the_bench_puts_it_together(tiny_model: Path, tiny_data: dict[str, Path]) -> None:

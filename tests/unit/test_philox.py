@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorand.kernels import cpu, reference
+from lorand.kernels import reference, tiles
 from lorand.philox import Key, Words, philox4x32
 
 WORD: Final = st.integers(0, 2**32 - 1)
@@ -47,7 +47,7 @@ def test_known_answer_of_torch_and_numba() -> None:
     answer = words_of(KNOWN_ANSWERS["zeros"][2])
     assert torch_words((0, 0), [0], 0, 0).tolist() == [answer]
     zero = np.uint32(0)
-    assert list(cpu._philox(zero, zero, zero, zero, zero)) == answer
+    assert list(tiles._philox(zero, zero, zero, zero, zero)) == answer
 
 
 def torch_words(key: Key, c0: list[int], c1: int, c2: int) -> Words:
@@ -62,7 +62,7 @@ def test_torch_and_numba_agree_with_numpy(key: Key, c0: list[int], c1: int, c2: 
     expected = philox4x32(key, np.array(c0, np.uint32), c1, c2)
     assert torch_words(key, c0, c1, c2).tolist() == expected.tolist()
     rest = [np.uint32(word) for word in (c1, c2, *key)]
-    assert [list(cpu._philox(np.uint32(c), *rest)) for c in c0] == expected.tolist()
+    assert [list(tiles._philox(np.uint32(c), *rest)) for c in c0] == expected.tolist()
 
 
 @settings(deadline=None, max_examples=30)
@@ -70,7 +70,9 @@ def test_torch_and_numba_agree_with_numpy(key: Key, c0: list[int], c1: int, c2: 
 def test_numba_fills_a_tile_in_block_order(key: Key, tile: int, tid: int) -> None:
     """Word m of a tile is word m & 3 of counter (32·tile + (m >> 2), 0, tid, 0)."""
     words = np.empty(128, np.uint32)
-    cpu._tile_words(words, np.int64(tile), np.uint32(tid), np.uint32(key[0]), np.uint32(key[1]))
+    tiles.tile_words(
+        words, 0, np.int64(tile), np.uint32(tid), np.uint32(key[0]), np.uint32(key[1]), False
+    )
     blocks = np.arange(32 * tile, 32 * tile + 32).astype(np.uint32)
     assert words.tolist() == philox4x32(key, blocks, 0, tid).ravel().tolist()
 
@@ -126,7 +128,7 @@ class TestDesignVector:
         )
         assert places[::4096].tolist() == expected
         by_numba = [
-            cpu._shift(np.int64(b), np.int64(4095), np.uint32(3), np.uint32(1), np.uint32(2))
+            tiles.shift_of(np.int64(b), np.int64(4095), np.uint32(3), np.uint32(1), np.uint32(2))
             for b in range(4)
         ]
         assert by_numba == expected

@@ -1,11 +1,10 @@
 """A replica's weights are f(base, A), bit for bit, however it got there (DESIGN §1, §5.4)."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -13,14 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lorand.coefficients import Coefficients, add, zeros
+from lorand.coefficients import Coefficients, Table, add, fwht, zeros
 from lorand.directions import Family, Indices, Pool
+from lorand.displacement import HadamardDisplacement, displacement
 from lorand.errors import LedgerError, ModelError
-from lorand.kernels import Backend
+from lorand.kernels import Backend, Place
 from lorand.kernels.cpu import CpuBackend
 from lorand.kernels.reference import ReferenceBackend
 from lorand.manifest import Manifest, TensorSpec
-from lorand.replica import DTYPES, Replica, tensor_bytes
+from lorand.philox import Key
+from lorand.replica import DTYPES, CopyReplica, tensor_bytes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES: Final[list[Family]] = ["hadamard", "independent"]
 BACKENDS: Final[list[Backend]] = [ReferenceBackend(), CpuBackend()]
@@ -33,17 +36,6 @@ MANIFEST: Final = Manifest(
         TensorSpec("c.scale", (), "float32"),
     )
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small tensors; on a busy machine, threads that wait for each other cost a minute."""
-    before = numba.get_num_threads(), torch.get_num_threads()
-    numba.set_num_threads(1)
-    torch.set_num_threads(1)
-    yield
-    numba.set_num_threads(before[0])
-    torch.set_num_threads(before[1])
 
 
 def tensors_of(manifest: Manifest = MANIFEST, *, zero: bool = False) -> dict[str, torch.Tensor]:
@@ -62,11 +54,11 @@ def pool_of(family: Family = "hadamard", size: int = 64, quantum_exponent: int =
 
 def replica_of(
     family: Family = "hadamard", backend: Backend | None = None, size: int = 64
-) -> Replica:
-    return Replica(tensors_of(), MANIFEST, pool_of(family, size), backend)
+) -> CopyReplica:
+    return CopyReplica(tensors_of(), MANIFEST, pool_of(family, size), backend)
 
 
-def bits(replica: Replica) -> dict[str, bytes]:
+def bits(replica: CopyReplica) -> dict[str, bytes]:
     return {name: bytes(tensor_bytes(tensor)) for name, tensor in replica.live.items()}
 
 
@@ -109,8 +101,8 @@ def test_any_order_any_backend_any_time_of_joining(family: Family, data: st.Data
     follower = replica_of(family, BACKENDS[0])
     for indices, delta in updates:
         follower.set(add(follower.coefficients, indices, delta))
-        follower.perturb(int(indices[0]), 12345)
-    follower.restore()
+        with follower.perturbed(int(indices[0]), 12345):
+            pass
     elsewhere = replica_of(family, BACKENDS[1])
     for indices, delta in data.draw(st.permutations(updates)):
         elsewhere.set(add(elsewhere.coefficients, indices, delta))
@@ -134,10 +126,10 @@ def test_a_negative_zero_in_the_base_does_not_tell_replicas_apart() -> None:
     """w(0) has fl32(−0.0 + 0.0): a replica that measured and one that just joined must agree."""
     tensors = tensors_of()
     tensors["b.bias"][::2] = -0.0
-    fresh = Replica(tensors, MANIFEST, pool_of())
+    fresh = CopyReplica(tensors, MANIFEST, pool_of())
     before = fresh.digest()
-    fresh.perturb(3, 1000)
-    fresh.restore()
+    with fresh.perturbed(3, 1000):
+        assert fresh.digest() != before
     assert fresh.digest() == before
 
 
@@ -149,7 +141,7 @@ def test_the_digest_is_of_names_and_row_major_bytes() -> None:
     assert replica_of().digest() == total.digest()
     turned = tensors_of()
     turned["a.weight"] = turned["a.weight"].t().contiguous().t()
-    assert Replica(turned, MANIFEST, pool_of()).digest() == total.digest()
+    assert CopyReplica(turned, MANIFEST, pool_of()).digest() == total.digest()
 
 
 def test_memory_order_does_not_change_the_weights() -> None:
@@ -158,7 +150,7 @@ def test_memory_order_does_not_change_the_weights() -> None:
     turned["a.weight"] = turned["a.weight"].t().contiguous().t()
     turned["b.weight"] = turned["b.weight"].permute(2, 0, 1).contiguous().permute(1, 2, 0)
     for backend in BACKENDS:
-        other = Replica({n: t.clone() for n, t in turned.items()}, MANIFEST, pool_of(), backend)
+        other = CopyReplica({n: t.clone() for n, t in turned.items()}, MANIFEST, pool_of(), backend)
         other.set(random_coefficients(3))
         plain = replica_of()
         plain.set(random_coefficients(3))
@@ -179,9 +171,8 @@ def test_perturb_then_restore_returns_exactly_the_same_bits(
     before, coefficients = bits(replica), replica.coefficients.copy()
     for index in (0, 17, 63):
         for quanta in (42949673, -42949673):
-            replica.perturb(index, quanta)
-            assert all(bits(replica)[name] != before[name] for name in before)
-    replica.restore()
+            with replica.perturbed(index, quanta):
+                assert all(bits(replica)[name] != before[name] for name in before)
     assert bits(replica) == before
     assert replica.coefficients.tolist() == coefficients.tolist()
 
@@ -191,19 +182,162 @@ def test_a_perturbation_is_the_weights_of_other_coefficients(family: Family) -> 
     """w(A + c·e_k): what was measured is exactly what an update by it would give."""
     measured, updated = replica_of(family), replica_of(family)
     measured.set(random_coefficients(4))
-    measured.perturb(9, -1000)
     updated.set(add(random_coefficients(4), [9], np.array([-1000])))
-    assert measured.digest() == updated.digest()
+    with measured.perturbed(9, -1000):
+        assert measured.digest() == updated.digest()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_quantum_moves_every_weight_by_one_quantum(family: Family) -> None:
     """Times 2^s, the tensor's direction scale (DESIGN §2 step 10)."""
-    replica = Replica(tensors_of(zero=True), MANIFEST, pool_of(family, quantum_exponent=8))
-    replica.perturb(5, -3)
-    for spec in MANIFEST.tensors:
-        move = 3 * 2.0 ** (spec.scale_exponent - 8)
-        assert set(replica.live[spec.name].double().abs().reshape(-1).tolist()) == {move}
+    replica = CopyReplica(tensors_of(zero=True), MANIFEST, pool_of(family, quantum_exponent=8))
+    with replica.perturbed(5, -3):
+        for spec in MANIFEST.tensors:
+            move = 3 * 2.0 ** (spec.scale_exponent - 8)
+            assert set(replica.live[spec.name].double().abs().reshape(-1).tolist()) == {move}
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 2**32), index=st.integers(0, 63), c=st.integers(-(2**60), 2**60))
+def test_the_transform_of_a_perturbation_is_derived_exactly(seed: int, index: int, c: int) -> None:
+    """F ± c·H[:, k] in O(K), or LedgerError exactly where the transform itself would refuse."""
+    rng = np.random.default_rng(seed)
+    coefficients = rng.integers(-(2**55), 2**55, 64, dtype=np.int64)
+    at = displacement(coefficients, pool_of(), BACKENDS[0], keys=[], scale_exponents=frozenset({0}))
+    moved = coefficients.copy()
+    moved[index] += c
+    try:
+        expected = fwht(moved).tolist()
+    except LedgerError:
+        with pytest.raises(LedgerError, match="above the limit"):
+            at.moved(index, c)
+        return
+    derived = at.moved(index, c)
+    assert isinstance(derived, HadamardDisplacement)
+    assert derived.transform.tolist() == expected
+    assert derived.coefficients.tolist() == moved.tolist()
+    back = derived.moved(index, -c)
+    assert isinstance(back, HadamardDisplacement)
+    assert back.transform.tolist() == fwht(coefficients).tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("quanta", [2**62, -(2**62), 2**63, 2**80])
+def test_a_perturbation_beyond_the_limit_is_refused(family: Family, quanta: int) -> None:
+    replica = replica_of(family)
+    before = replica.digest()
+    with pytest.raises(LedgerError), replica.perturbed(3, quanta):
+        raise AssertionError
+    assert replica.digest() == before
+
+
+# ------------------------------------------------------------- written when needed, and only then
+
+
+class Counting(ReferenceBackend):
+    """Counts passes over the weights; the one at `fails_at` breaks off half way."""
+
+    def __init__(self, fails_at: int = -1) -> None:
+        """Count from zero."""
+        self.passes = 0
+        self.fails_at = fails_at
+
+    def materialise_all(
+        self, places: Sequence[Place], tables: Sequence[Table], *, key: Key
+    ) -> None:
+        self.passes += 1
+        if self.passes == self.fails_at:
+            super().materialise_all(places[:2], tables, key=key)
+            raise MemoryError
+        super().materialise_all(places, tables, key=key)
+
+
+def test_weights_are_written_when_they_are_needed() -> None:
+    """Adopting is free, and so is settling twice."""
+    backend = Counting()
+    replica = replica_of(backend=backend)
+    assert backend.passes == 0
+    replica.set(random_coefficients(1))
+    replica.set(random_coefficients(2))
+    assert backend.passes == 0
+    replica.settle()
+    replica.settle()
+    assert replica.live["a.weight"] is replica.live["a.weight"]
+    replica.digest()
+    assert backend.passes == 1
+
+
+def test_a_measurement_costs_a_pass_a_perturbation_and_none_between() -> None:
+    backend = Counting()
+    replica = replica_of(backend=backend)
+    for index in (3, 9):
+        for quanta in (77, -77):
+            with replica.perturbed(index, quanta):
+                replica.settle()
+    replica.set(random_coefficients(3))
+    assert backend.passes == 4, "two a direction: no restoring, no applying"
+    expected = replica_of()
+    expected.set(random_coefficients(3))
+    assert replica.digest() == expected.digest()
+    assert backend.passes == 5
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_pass_that_breaks_off_leaves_a_replica_stale_not_wrong(fails_at: int) -> None:
+    """Half-written weights are never taken for w(A), whatever was being written."""
+    backend = Counting(fails_at)
+    replica = replica_of(backend=backend)
+    replica.set(random_coefficients(5))
+    failures = 0
+    for _ in range(3):
+        try:
+            with replica.perturbed(5, 999):
+                pass
+            replica.settle()
+        except MemoryError:
+            failures += 1
+    assert failures == 1
+    expected = replica_of()
+    expected.set(random_coefficients(5))
+    assert replica.digest() == expected.digest()
+
+
+def test_an_error_while_perturbed_ends_the_perturbation() -> None:
+    replica = replica_of()
+    before = replica.digest()
+    with pytest.raises(ZeroDivisionError), replica.perturbed(5, 999):
+        raise ZeroDivisionError
+    assert replica.digest() == before
+
+
+def test_coefficients_stay_while_a_measurement_is_under_way() -> None:
+    replica = replica_of()
+    with replica.perturbed(5, 999):
+        with pytest.raises(AssertionError, match="do not nest"), replica.perturbed(6, 1):
+            pass
+        with pytest.raises(AssertionError, match="under way"):
+            replica.set(random_coefficients(1))
+
+
+def test_a_model_never_runs_on_stale_weights() -> None:
+    """Nobody has to remember to settle: the module's own forward does."""
+    module = torch.nn.Linear(9, 7)
+    manifest = Manifest((TensorSpec("weight", (7, 9), "float32"),))
+    x = torch.arange(9.0)
+    replica = CopyReplica.of(module, manifest, pool_of())
+
+    def answer() -> list[float]:
+        return [float(y) for y in module(x).detach()]
+
+    first = answer()
+    replica.set(random_coefficients(9))
+    second = answer()
+    with replica.perturbed(2, 2**28):
+        third = answer()
+    assert answer() == second
+    assert len({tuple(y) for y in (first, second, third)}) == 3
+    replica.set(zeros(64))
+    assert answer() == first
 
 
 # ------------------------------------------------------------- geometry of the directions
@@ -212,11 +346,11 @@ def test_one_quantum_moves_every_weight_by_one_quantum(family: Family) -> None:
 def direction_matrix(family: Family, weights: int, size: int) -> NDArray[np.float64]:
     """Z, one row a direction: e_k materialised from zero base weights."""
     manifest = Manifest((TensorSpec("w", (weights,), "float32"),))
-    replica = Replica(tensors_of(manifest, zero=True), manifest, pool_of(family, size, 8))
+    replica = CopyReplica(tensors_of(manifest, zero=True), manifest, pool_of(family, size, 8))
     rows = []
     for k in range(size):
-        replica.perturb(k, 1)
-        rows.append(replica.live["w"].double().numpy() * 2**8)
+        with replica.perturbed(k, 1):
+            rows.append(replica.live["w"].double().numpy() * 2**8)
     return np.stack(rows)
 
 
@@ -250,7 +384,7 @@ def reconstruction_cosine(family: Family, shapes: list[tuple[int, ...]], size: i
     """cos(g, Z Zᵀ g), by the replica's own projection and materialisation from zero weights."""
     specs = [TensorSpec(f"w{n}", shape, "float32") for n, shape in enumerate(shapes)]
     manifest = Manifest(tuple(specs))
-    replica = Replica(tensors_of(manifest, zero=True), manifest, pool_of(family, size))
+    replica = CopyReplica(tensors_of(manifest, zero=True), manifest, pool_of(family, size))
     generator = torch.Generator().manual_seed(7)
     gradient = {s.name: torch.randn(s.shape, generator=generator) for s in specs}
     shares = sum((replica.project(name, g) for name, g in gradient.items()), np.zeros(size))
@@ -288,7 +422,7 @@ def test_scale_exponents_multiply(family: Family) -> None:
 
     def scaled(exponent: int) -> tuple[torch.Tensor, NDArray[np.float64]]:
         manifest = Manifest((TensorSpec("w", (900,), "float32", exponent),))
-        replica = Replica(tensors_of(manifest, zero=True), manifest, pool_of(family))
+        replica = CopyReplica(tensors_of(manifest, zero=True), manifest, pool_of(family))
         replica.set(random_coefficients(6))
         gradient = torch.linspace(-1, 2, 900)
         return replica.live["w"], replica.scalars(replica.project("w", gradient))
@@ -304,15 +438,15 @@ def test_scale_exponents_multiply(family: Family) -> None:
 def test_project_is_the_derivative_along_each_direction(family: Family) -> None:
     """g_k = (L(w(A + c·e_k)) − L(w(A − c·e_k))) / 2μ on a linear loss, scales included."""
     exact = Manifest(tuple(replace(spec, dtype="float32") for spec in MANIFEST.tensors))
-    replica = Replica(tensors_of(exact), exact, pool_of(family, quantum_exponent=8))
+    replica = CopyReplica(tensors_of(exact), exact, pool_of(family, quantum_exponent=8))
     generator = torch.Generator().manual_seed(8)
     gradient = {s.name: torch.randn(s.shape, generator=generator) for s in exact.tensors}
     shares = sum((replica.project(name, g) for name, g in gradient.items()), np.zeros(64))
     scalars = replica.scalars(shares)
 
     def loss(index: int, quanta: int) -> float:
-        replica.perturb(index, quanta)
-        return sum(float((replica.live[n].double() * g).sum()) for n, g in gradient.items())
+        with replica.perturbed(index, quanta):
+            return sum(float((replica.live[n].double() * g).sum()) for n, g in gradient.items())
 
     for index in (0, 1, 31, 63):
         measured = (loss(index, 4) - loss(index, -4)) / (2 * 4 * 2.0**-8)
@@ -328,21 +462,23 @@ def test_a_replica_writes_into_the_models_parameters() -> None:
     manifest = Manifest(
         (TensorSpec("bias", (7,), "float32"), TensorSpec("weight", (7, 9), "float32"))
     )
-    replica = Replica(dict(module.named_parameters()), manifest, pool_of())
+    replica = CopyReplica(dict(module.named_parameters()), manifest, pool_of())
     address, before = module.weight.data_ptr(), module.weight.detach().clone()
     replica.set(random_coefficients(9))
+    replica.settle()
     assert module.weight.data_ptr() == address
     assert module.weight.requires_grad
     assert module.weight.grad_fn is None
     assert not torch.equal(module.weight.detach(), before)
     module.weight.data.fill_(3)
     replica.set(zeros(64))
+    replica.settle()
     assert torch.equal(module.weight.detach(), before)
 
 
 def test_tensors_the_run_does_not_train_are_left_alone() -> None:
     tensors = {**tensors_of(), "frozen": torch.ones(5)}
-    replica = Replica(tensors, MANIFEST, pool_of())
+    replica = CopyReplica(tensors, MANIFEST, pool_of())
     replica.set(random_coefficients(9))
     assert tensors["frozen"].tolist() == [1] * 5
     assert set(replica.live) == {spec.name for spec in MANIFEST.tensors}
@@ -369,13 +505,13 @@ def test_a_model_that_does_not_fit_is_refused(
     if tensor is not None:
         tensors[name] = tensor
     with pytest.raises(ModelError, match=message):
-        Replica(tensors, MANIFEST, pool_of())
+        CopyReplica(tensors, MANIFEST, pool_of())
 
 
 def test_a_dtype_no_kernel_knows_is_refused() -> None:
     manifest = Manifest((TensorSpec("w", (4,), "float64"),))
     with pytest.raises(ModelError, match="'w' is float64"):
-        Replica({"w": torch.zeros(4).double()}, manifest, pool_of())
+        CopyReplica({"w": torch.zeros(4).double()}, manifest, pool_of())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -387,5 +523,4 @@ def test_coefficients_beyond_the_limit_leave_the_replica_as_it_was(family: Famil
     with pytest.raises(LedgerError):
         replica.set(np.full(64, 2**57, np.int64))
     assert replica.coefficients.tolist() == random_coefficients(10).tolist()
-    replica.restore()
     assert replica.digest() == before

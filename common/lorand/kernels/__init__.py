@@ -32,7 +32,7 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """The word a user reads: `reference`, `cpu`."""
+        """The word a user reads: `reference`, `cpu`, `gpu`."""
 
     def materialise(
         self, base: torch.Tensor, table: Table, out: torch.Tensor, *, key: Key, tid: int
@@ -40,7 +40,8 @@ class Backend(Protocol):
         """Write out[i] = cast(fl32(fl32(base[i]) + D[i]·table[(i mod K) xor r_b])).
 
         base and out share shape and dtype (float32, bfloat16 or float16) and may be the same
-        tensor; table has shape (K,). D and r are those of tensor number tid under key.
+        tensor; table has shape (K,). D and r are those of tensor number tid under key. A table is
+        not changed once it was given: a backend may keep its copy of it on the device.
         """
 
     def materialise_all(
