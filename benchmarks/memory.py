@@ -1,12 +1,16 @@
-"""Peak memory of a step: copy and layerwise against inference, plain backward and AdamW.
+"""Peak memory of a step, layer by layer and on a copy, against inference, plain backward and AdamW.
 
 Claim: zeroth-order layerwise needs inference and the largest layer; first-order layerwise never
-holds a gradient. The model is RoBERTa-base's shape (125M weights, random, built here), all of it
-trained, one batch of 16 x 128 tokens. Each mode runs in a process of its own, which builds the
-model, takes a step to settle the libraries, resets the kernel's high-water mark of resident memory
-(/proc/self/clear_refs, Linux), takes another and reads it; what the process held before the model
-was built is subtracted. glibc gives every large block back at once (MALLOC_MMAP_THRESHOLD_), so
-that the mark is what was in use. Seconds are from a second process with the usual allocator.
+holds a whole gradient. The model is RoBERTa-base's shape (125M weights, random, built here), all of
+it trained, one batch of 16 x 128 tokens.
+
+Each mode runs in a process of its own: a step on a tiny model loads libraries and compiled kernels,
+then the model is built and takes a step; the kernel's high-water mark of resident memory is reset
+(/proc/self/clear_refs, Linux), another step taken and the mark read. What the process held before
+the model was built is subtracted. glibc is told to give every block above 64 KB back at once, so
+that the mark is what was in use, not what an allocator kept. Seconds are from processes with the
+usual allocator.
+
 Command: python -m benchmarks.memory --json > benchmarks/results/memory.json (about ten minutes).
 """
 
@@ -23,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiments.provenance import provenance
 from torch import nn
 
 from lorand import layers
@@ -35,22 +40,26 @@ from lorand_worker import estimators, quantisation
 from lorand_worker.model import OwnClassifier
 
 BATCH, LENGTH = 16, 128
-STEPS = 5
+STEPS = 3
 KEY = (1, 2)
-MODES = (
+TIMED = (
     "inference",
     "zo_copy",
     "zo_layerwise",
     "zo_layerwise_int8",
     "zo_layerwise_nf4",
-    "bare_checkpointed",
-    "bare_checkpointed_freed",
-    "adamw",
-    "adamw_checkpointed",
     "fo_copy",
     "fo_copy_checkpointed",
     "fo_layerwise",
 )
+MODES = (
+    *TIMED,
+    "bare_checkpointed",  # forward and backward with checkpointing, gradients kept
+    "bare_checkpointed_freed",  # the same, each gradient dropped as backward yields it
+    "adamw",
+    "adamw_checkpointed",
+)
+DTYPES = ("float32", "bfloat16")
 CHILD = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -148,24 +157,22 @@ def resident(field: str) -> int:
 
 
 def child(mode: str, dtype: str, *, timed: bool) -> dict[str, float]:
-    """Measure one mode in this process."""
+    """Measure one mode in this process: MB, or seconds."""
     kind = getattr(torch, dtype)
-    step_of(mode, classifier(kind, 1, 24))()  # libraries and compiled kernels are not counted
+    step_of(mode, classifier(kind, 1, 24))()
     gc.collect()
     before = resident("VmRSS")
-    step = step_of(mode, classifier(kind))
+    module = classifier(kind)
+    step = step_of(mode, module)
     step()
     gc.collect()
     if timed:
-        return {"seconds": statistics.median(_seconds(step) for _ in range(STEPS))}
+        return {"step_s": statistics.median(_seconds(step) for _ in range(STEPS))}
     between = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     step()
-    return {
-        "peak": (resident("VmHWM") - before) / 1e6,
-        "between_steps": (between - before) / 1e6,
-        "weights": sum(p.nbytes for p in classifier(kind).parameters()) / 1e6,
-    }
+    peak = resident("VmHWM")
+    return {"peak_mb": (peak - before) / 1e6, "between_steps_mb": (between - before) / 1e6}
 
 
 def _seconds(step: Callable[[], Any]) -> float:
@@ -176,33 +183,87 @@ def _seconds(step: Callable[[], Any]) -> float:
 
 def start(mode: str, dtype: str, *, timed: bool) -> dict[str, float]:
     """Measure one mode in a process of its own."""
+    print(dtype, mode, "seconds" if timed else "memory", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "benchmarks.memory", "--child", mode, "--dtype", dtype]
-    environment = os.environ | ({} if timed else CHILD)
     result = subprocess.run(
         command + (["--timed"] if timed else []),
-        env=environment,
-        capture_output=True,
+        env=os.environ | ({} if timed else CHILD),
+        stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
     answer: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
-    return answer
+    return {name: round(value, 3) for name, value in answer.items()}
+
+
+def dequantising() -> dict[str, float]:
+    """Return seconds to dequantise all blocks once: what the signs of a direction could share."""
+    result = {}
+    for kind in ("int8", "nf4"):
+        stored = quantisation.quantise_layers(classifier(torch.float32), kind)
+        times = [_seconds(lambda: [weight.dense() for weight in stored.values()]) for _ in range(5)]  # noqa: B023
+        result[kind] = round(statistics.median(times), 3)
+    return result
+
+
+def bounds(module: nn.Module) -> dict[str, float]:
+    """Return bytes of the weights, the largest tensor and the largest layer, in MB."""
+    sizes = {name: p.nbytes for name, p in module.named_parameters()}
+    largest = max(sum(sizes[slot.name] for slot in part.slots) for part in layers.layers(module))
+    return {
+        "weights_mb": sum(sizes.values()) / 1e6,
+        "largest_tensor_mb": max(sizes.values()) / 1e6,
+        "largest_layer_mb": largest / 1e6,
+    }
+
+
+def ratios(peaks: dict[str, float], size: dict[str, float]) -> dict[str, float]:
+    """Return peaks against the project's bounds; 1 is the bound."""
+    dropped = size["weights_mb"] - size["largest_tensor_mb"]
+    result = {
+        "zo_layerwise_vs_inference_and_largest_layer": peaks["zo_layerwise"]
+        / (peaks["inference"] + size["largest_layer_mb"]),
+        "fo_layerwise_vs_bare_minus_gradients": peaks["fo_layerwise"]
+        / (peaks["bare_checkpointed"] - dropped),
+        "fo_layerwise_vs_bare_with_gradients_dropped": peaks["fo_layerwise"]
+        / peaks["bare_checkpointed_freed"],
+        "fo_layerwise_vs_adamw": peaks["fo_layerwise"] / peaks["adamw"],
+    }
+    return {name: round(value, 3) for name, value in result.items()}
 
 
 def main() -> None:
+    """Measure all modes and print, or one as a child."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one object")
     parser.add_argument("--child", choices=MODES)
-    parser.add_argument("--modes", nargs="*", default=MODES)
-    parser.add_argument("--dtype", default="")
+    parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--timed", action="store_true")
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(child(arguments.child, arguments.dtype, timed=arguments.timed)))
         return
-    for dtype in [arguments.dtype] if arguments.dtype else ["float32", "bfloat16"]:
-        for mode in arguments.modes:
-            print(dtype, mode, start(mode, dtype, timed=arguments.timed), flush=True)
+    result: dict[str, Any] = {"tokens": [BATCH, LENGTH]}
+    for dtype in DTYPES:
+        size = bounds(classifier(getattr(torch, dtype)))
+        measured = {mode: start(mode, dtype, timed=False) for mode in MODES}
+        peaks = {mode: values["peak_mb"] for mode, values in measured.items()}
+        result[dtype] = size | {"measured": measured, "ratios": ratios(peaks, size)}
+    result["step_s"] = {mode: start(mode, "float32", timed=True)["step_s"] for mode in TIMED}
+    result["dequantise_all_s"] = dequantising()
+    result["provenance"] = provenance()
+    print(json.dumps(result, indent=1) if arguments.json else _table(result))
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = []
+    for dtype in DTYPES:
+        lines += [
+            f"{dtype} {mode:36} {m['peak_mb']:8.0f} MB"
+            for mode, m in result[dtype]["measured"].items()
+        ]
+        lines += [f"{dtype} {name:48} {value}" for name, value in result[dtype]["ratios"].items()]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

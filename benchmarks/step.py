@@ -28,8 +28,13 @@ trainable = "all"
 [task]
 labels = ["a", "b"]
 [estimator]
+kind = "spsa"
 batch_size = 16
 directions_per_round = 1
+[optimizer]
+learning_rate = 0.001
+[rounds]
+quorum = 1
 """
 
 

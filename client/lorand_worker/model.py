@@ -101,6 +101,11 @@ def _load(section: ModelSection, num_labels: int, name: str) -> LoadedModel:
 
     common = {"revision": section.revision, "trust_remote_code": False}
     config = transformers.AutoConfig.from_pretrained(name, **common)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"the weights of {name!r} are quantised already; name the model they were made from, "
+            'and set model.quantisation to "int8" or "nf4" in the run file'
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **common)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,5 +1,6 @@
 """Kept hidden states change the cost of a pass and nothing else."""
 
+import random
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,9 @@ from lorand_worker.bench import ModelBench, load_base
 from lorand_worker.boundary import Boundary
 from lorand_worker.cache import Limits
 from lorand_worker.data import Examples
+from lorand_worker.memory import Weights
 from lorand_worker.model import LoadedModel
+from lorand_worker.precision import Precision
 from lorand_worker.tasks import Classification, Forward
 
 
@@ -172,6 +175,28 @@ def test_layers_above_run_with_their_hooks_and_those_below_without(tiny_model: P
         torch.testing.assert_close(task.loss([1, 0]), first)
     assert [m for m in made if m < 10] == [2]
     assert 12 in made
+
+
+@pytest.mark.parametrize("precision", [Precision.FLOAT32, Precision.BFLOAT16])
+@pytest.mark.parametrize("kind", ["spsa", "backprop"])
+def test_weights_made_layer_by_layer_give_the_same_scalars(
+    tiny_model: Path, kind: Literal["spsa", "backprop"], precision: Precision
+) -> None:
+    """Boundary, precision and layerwise weights at once, at other weights than the base's."""
+    config = tiny.config(kind, directions={"pool_size": 64}, model={"trainable": "last:2"})
+    coefficients = np.random.default_rng(1).integers(-(2**26), 2**26, 64)
+    found = []
+    for weights in (Weights.COPY, Weights.LAYERWISE):
+        base = load_base(config, tiny_model, "cpu", weights)
+        source = random.Random(5)
+        bench = ModelBench(base, config, examples(), source, Forward(precision))
+        assert bench._task._boundary.depth == 1
+        bench.adopt(coefficients)
+        for _ in range(4):  # the second epoch starts at the boundary
+            measured = bench.measure(np.arange(64 if kind == "backprop" else 3))
+        found.append((measured.values, measured.loss, bench.score().loss))
+    for copy, layerwise in zip(*found, strict=True):
+        np.testing.assert_allclose(layerwise, copy, rtol=1e-5, atol=1e-6)
 
 
 def test_after_a_failed_pass_the_layers_run_again(tiny_model: Path) -> None:

@@ -102,6 +102,24 @@ def test_weights_of_another_shape_are_not_made_up(tmp_path: Path) -> None:
         loaded(folder)
 
 
+def test_weights_that_are_quantised_already_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    folder = copied(tiny_model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"quantised already; .* set model\.quantisation"):
+        loaded(folder)
+
+
+def test_no_keys_and_values_are_kept(tmp_path: Path, tiny_model: Path) -> None:
+    """A causal model would keep them for a generation that never comes."""
+    folder = copied(tiny_model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"use_cache": True}))
+    encoder: Any = loaded(folder).module.encoder
+    assert encoder.config.use_cache is False
+
+
 # ------------------------------------------------------------- heads
 
 
