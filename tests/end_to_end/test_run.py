@@ -33,6 +33,14 @@ BACKPROP: dict[str, dict[str, Any]] = {
 }
 
 
+OWN: tuple[tuple[object, ...], ...] = (
+    ("--weights", "copy", "--precision", "float32", "--cache-memory-gb", 0, "--cache-disk-gb", 0),
+    ("--weights", "layerwise", "--precision", "bfloat16", "--cache-memory-gb", 0),
+    (),  # auto
+)
+"""What a machine may choose for itself: it changes what is measured by rounding, no replica."""
+
+
 def kinds(room: Room) -> list[str]:
     """The kinds of the ledger's entries, in order."""
     bodies = ledger.read_file(room.export())
@@ -85,14 +93,19 @@ def evaluator(room: Room, address: str) -> Command:
 def test_late_or_early_everyone_ends_with_the_same_bits(
     make_room: MakeRoom, content: tiny.Settings
 ) -> None:
-    """Three workers, one that joins in the middle, one that comes when all is over."""
+    """Three workers, one that joins in the middle, one that comes when all is over.
+
+    Wherever they keep their weights and hidden states, in whatever precision they measure.
+    """
     room = make_room(content).lock()
     with room.coordinator() as (coordinator, address):
         following = evaluator(room, address)
-        workers = [room.join(address, name) for name in tiny.DOMAINS]
+        workers = [
+            room.join(address, name, *flags) for name, flags in zip(tiny.DOMAINS, OWN, strict=True)
+        ]
         wait_for(lambda: committed(address) >= 5, "the run moves, past a checkpoint")
         workers[0].signal(signal.SIGSTOP)  # the round waits for it: the run cannot end meanwhile
-        late = room.join(address, "late", data="hotels")
+        late = room.join(address, "late", "--checkpointing", data="hotels")
         wait_for(lambda: connected(address, "late"), "the late worker joins")
         workers[0].signal(signal.SIGCONT)
         results = [worker.result() for worker in (*workers, late)]
@@ -226,6 +239,23 @@ def assert_adapter(room: Room, size: int) -> None:
         assert (loaded.committed, loaded.head) == (4, position.head)
     assert size == (room.folder / "ad" / adapter.WEIGHTS_FILE).stat().st_size
     assert size < 4 * room.config.directions.pool_size + 256
+
+
+def test_workers_of_a_quantised_run(make_room: MakeRoom) -> None:
+    """Dequantised whole or layer by layer: one base, one history, one digest."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    content = tiny.settings(
+        "spsa", run={"rounds": 4}, model={"quantisation": "nf4", "trainable": "all"}
+    )
+    room = make_room(content).lock()
+    with room.coordinator() as (_, address):
+        kept = dict(zip(tiny.DOMAINS, ("copy", "layerwise", "auto"), strict=True))
+        workers = [room.join(address, name, "--weights", kept[name]) for name in kept]
+        results = [worker.result() for worker in workers]
+    assert_same_bits(room, results)
+    notes = [worker.errors() for worker in workers]
+    assert "weights: copy" in notes[0]
+    assert "weights: layerwise, since the run's base model is quantised" in notes[2]
 
 
 def test_own_head_own_directions_and_the_first_workers_identity(
