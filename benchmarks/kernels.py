@@ -224,7 +224,7 @@ def one_setting(threads: int, models: dict[str, shapes.Shapes]) -> dict[str, Any
             found = ratios(times)
             if not result:
                 beside = measure(round_rows(model, pool), weights)
-                result = found | round_ratios(beside) | step.overhead(TURNS)
+                result |= found | round_ratios(beside) | step.overhead(TURNS)
                 times |= beside
             medians = {row: round(statistics.median(t), 4) for row, t in times.items()}
             result[name] = {"weights": weights, "ratios": found, "ns_a_weight": medians}

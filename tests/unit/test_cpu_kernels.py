@@ -153,7 +153,7 @@ def test_compiling_is_announced(before: bool, caplog: pytest.LogCaptureFixture) 
 def test_threads_leave_no_mark(
     dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One, two and thirteen threads give the same weights; streamed or not, in order or by chunk."""
+    """1, 2 and 13 threads give the same weights; streamed or not, in order or by chunk."""
     monkeypatch.setattr(cpu, "PARALLEL", 1)
     base = torch.randn(600_001, generator=torch.Generator().manual_seed(1)).to(dtype)
     values = table(fwht(np.random.default_rng(0).integers(-(2**20), 2**20, size)), 30, 0)

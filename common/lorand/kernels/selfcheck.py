@@ -80,9 +80,9 @@ class Trust:
         if not good:
             log.error(
                 "%s do not give the bits of the definition on this processor; the slow reference"
-                " is used instead. Delete the cache of compiled code (NUMBA_CACHE_DIR or __pycache__"
-                " of lorand/kernels, for a GPU TRITON_CACHE_DIR) and start again; please report it"
-                " if it remains",
+                " is used instead. Delete the cache of compiled code (NUMBA_CACHE_DIR or"
+                " lorand/kernels/__pycache__, for a GPU TRITON_CACHE_DIR) and start again; please"
+                " report it if it remains",
                 what,
             )
         return good
