@@ -24,8 +24,9 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from lorand.coefficients import Coefficients, Table, fwht, table
-from lorand.kernels import Backend, Place, backend_for
+from lorand.coefficients import Coefficients
+from lorand.kernels import Backend, Place, backend_for, zero_sums
+from lorand.transform import Table, fwht, table
 
 REPEATS: Final = 7
 KEY: Final = (0x9ABCDEF0, 0x12345678)
@@ -116,7 +117,8 @@ def one_tensor(
     for size in POOL_SIZES:
         values = table_of(drawn(size))
         rows[f"pass_k{size}"] = partial(backend.materialise, base, values, live, key=KEY, tid=0)
-        rows[f"project_k{size}"] = partial(backend.project, base, size, key=KEY, tid=0)
+        sums = zero_sums(size, device)
+        rows[f"project_k{size}"] = partial(backend.project, base, sums, key=KEY, tid=0)
     times = medians(rows, device, repeats)
     copy, pair = times["copy_ms"], 2 * base.element_size() * weights
     result = {"copy_tb_s": round(pair / copy / 1e9, 3)} | times

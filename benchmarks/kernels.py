@@ -30,10 +30,11 @@ import torch
 from experiments.provenance import provenance
 
 from benchmarks import shapes, step
-from lorand.coefficients import Coefficients, fwht, table
+from lorand.coefficients import Coefficients
 from lorand.directions import Pool, seed_keys
-from lorand.kernels import Place
+from lorand.kernels import Place, zero_sums
 from lorand.kernels.cpu import CpuBackend
+from lorand.transform import fwht, table
 
 TURNS = 7
 KEY = (1, 2)
@@ -119,9 +120,9 @@ class Ours:
 
     def project(self, size: int) -> None:
         """Bucket sums of a gradient as large as the model."""
-        sums = np.zeros(size)
+        sums = zero_sums(size, torch.device("cpu"))
         for tid, (_, gradient) in enumerate(self._pairs):
-            sums += self._backend.project(gradient, size, key=KEY, tid=tid)
+            self._backend.project(gradient, sums, key=KEY, tid=tid)
 
 
 def kernel_rows(model: shapes.Shapes, pool: ThreadPoolExecutor) -> dict[str, Call]:

@@ -76,7 +76,7 @@ def prepare(
 ) -> None:
     """Load the run's model and write run.lock: its digests and trainable tensors."""
     config = load(run)
-    base = _load_base(config, model, "cpu", ConsoleReporter(quiet=json_output))
+    base = _load_base(config, model, "cpu", _reporter(json_output))
     _warm_up(base)
     lock = run.with_name("run.lock")
     try:
@@ -148,7 +148,7 @@ def join(
     from lorand_worker.tasks import Forward
 
     _set_threads(threads)
-    report = ConsoleReporter(quiet=json_output)
+    report = _reporter(json_output)
     link = Link(address, give_up_s)
     began = time.monotonic()
     try:
@@ -224,7 +224,7 @@ def evaluate(
     from lorand_worker.tasks import Forward
 
     _set_threads(threads)
-    report = ConsoleReporter(quiet=json_output)
+    report = _reporter(json_output)
     link = Link(address, give_up_s)
     try:
         config, theirs = session.fetch_run(link, report.note)
@@ -280,7 +280,7 @@ def export(
         f"wrote {folder / adapter.WEIGHTS_FILE}: {size:,} bytes after {position.committed} rounds"
     )
     if merged:
-        base = _load_base(position.config, model, "cpu", ConsoleReporter(quiet=json_output))
+        base = _load_base(position.config, model, "cpu", _reporter(json_output))
         guard.check_identity(base.identity, position.identity)
         base.replica.set(position.coefficients)
         base.replica.settle()
@@ -299,7 +299,7 @@ def replay(
 ) -> None:
     """Rebuild the weights from a ledger and the base model, and print their digest."""
     position = _position(source)
-    base = _load_base(position.config, model, device, ConsoleReporter(quiet=json_output))
+    base = _load_base(position.config, model, device, _reporter(json_output))
     guard.check_identity(base.identity, position.identity)
     base.replica.set(position.coefficients)
     digest = base.replica.digest().hex()
@@ -323,6 +323,12 @@ def _position(source: str) -> Any:
         return link.persist(lambda: ledger.replay(link.entries(0)), lambda why: None)
     finally:
         link.close()
+
+
+def _reporter(json_output: bool) -> ConsoleReporter:
+    report = ConsoleReporter(quiet=json_output)
+    report.follow_log()
+    return report
 
 
 def _load_base(
@@ -350,20 +356,18 @@ def _cache_limits(memory_gb: float | None, disk_gb: float | None, folder: Path |
 
 def _warm_up(base: Any) -> None:
     """Compile the kernels now, so that workers on this machine find them compiled."""
+    from lorand.kernels import zero_sums
+
     base.replica.settle()
-    base.replica.project(*next(base.replica.weights()))
+    name, tensor = next(base.replica.weights())
+    base.replica.project(name, tensor, zero_sums(base.replica.pool.size, tensor.device))
 
 
 def _set_threads(threads: int) -> None:
     if threads:
         import torch
 
-        torch.set_num_threads(threads)
-        try:
-            import numba
-        except ImportError:
-            return
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        torch.set_num_threads(threads)  # the kernels take as many
 
 
 def _result(result: dict[str, Any], text: str, json_output: bool) -> None:

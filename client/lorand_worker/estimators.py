@@ -12,6 +12,7 @@ from lorand.codec import Floats
 from lorand.config import RunConfig
 from lorand.directions import Indices
 from lorand.errors import LorandError
+from lorand.kernels import zero_sums
 from lorand.replica import Replica
 
 Loss = Callable[[Sequence[int]], torch.Tensor]
@@ -75,15 +76,15 @@ class Backprop:
     def __init__(self, replica: Replica) -> None:
         """Take the replica's gradients; the caller froze what is not trained."""
         self._replica = replica
-        self._shares = np.zeros(replica.pool.size)
+        self._shares = torch.empty(0)
         replica.on_gradient(self._add)
 
     def measure(self, loss: Loss, batch: Sequence[int], indices: Indices) -> Measurement:
         """Return Zᵀ∇L at `indices` (the whole pool, in order)."""
-        self._shares = np.zeros(self._replica.pool.size)
         self._replica.settle()
         value = loss(batch)
         mean = _finite(value.detach())
+        self._shares = zero_sums(self._replica.pool.size, value.device)
         value.backward()  # type: ignore[no-untyped-call]
         values = self._replica.scalars(self._shares)[indices]
         if not np.isfinite(values).all():
@@ -91,7 +92,7 @@ class Backprop:
         return Measurement(values, mean)
 
     def _add(self, name: str, gradient: torch.Tensor) -> None:
-        self._shares += self._replica.project(name, gradient)
+        self._replica.project(name, gradient, self._shares)
 
 
 def build(config: RunConfig, replica: Replica, module: torch.nn.Module) -> Estimator:

@@ -1,5 +1,6 @@
 """What a worker shows its owner: notes, and a progress bar where there is a terminal."""
 
+import logging
 import time
 
 from rich.console import Console
@@ -13,6 +14,8 @@ from rich.progress import (
 )
 
 LINE_EVERY_S = 5.0
+
+log = logging.getLogger("lorand")
 
 
 class ConsoleReporter:
@@ -54,8 +57,24 @@ class ConsoleReporter:
         assert self._task is not None
         self._bar.update(self._task, completed=committed, description=text)
 
+    def follow_log(self) -> None:
+        """Say what the library logs from now on, such as that it compiles its kernels."""
+        log.handlers = [handler for handler in log.handlers if not isinstance(handler, _Notes)]
+        log.addHandler(_Notes(self))
+        log.setLevel(logging.INFO)
+        log.propagate = False
+
     def close(self) -> None:
         """Leave the last state of the bar on the screen; safe to call twice."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class _Notes(logging.Handler):
+    def __init__(self, report: ConsoleReporter) -> None:
+        super().__init__()
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._report.note(record.getMessage())

@@ -12,19 +12,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from lorand.coefficients import (
-    Coefficients,
-    Table,
-    check_magnitude,
-    check_total,
-    fwht,
-    hadamard_column,
-    tables,
-    total_magnitude,
-)
+from lorand.coefficients import Coefficients, check_magnitude, check_total, total_magnitude
 from lorand.directions import Pool
 from lorand.kernels import Backend, Place
 from lorand.philox import Key
+from lorand.transform import Table, fwht, hadamard_column, tables
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lorand.coefficients import Coefficients, fwht_float, zeros
+from lorand.coefficients import Coefficients, zeros
 from lorand.directions import Pool, seed_keys
 from lorand.displacement import Displacement, Target, displacement
 from lorand.errors import ModelError
 from lorand.kernels import Backend, backend_for
 from lorand.manifest import Manifest
+from lorand.transform import fwht_float
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -101,21 +102,22 @@ class Replica(ABC):
             total.update(tensor_bytes(tensor))
         return total.digest()
 
-    def project(self, name: str, gradient: torch.Tensor) -> NDArray[np.float64]:
-        """Return one tensor's share of Zᵀg in the bucket basis (hadamard) or by seed.
+    def project(self, name: str, gradient: torch.Tensor, shares: torch.Tensor) -> None:
+        """Add one tensor's share of Zᵀg to `shares`, shape (K,), by bucket (hadamard) or by seed.
 
-        Shape (K,). Sum the shares of all tensors, then call `scalars`.
+        Begin with `kernels.zero_sums`; after all tensors call `scalars`.
         """
         tid, spec = self._places[name]
         factor = 2.0**spec.scale_exponent
         if self.pool.family == "independent":
-            return factor * self.backend.project_independent(gradient, self._keys, tid=tid)
-        key = self.pool.key
-        return factor * self.backend.project(gradient, self.pool.size, key=key, tid=tid)
+            self.backend.project_independent(gradient, self._keys, shares, tid=tid, factor=factor)
+        else:
+            self.backend.project(gradient, shares, key=self.pool.key, tid=tid, factor=factor)
 
-    def scalars(self, shares: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return Zᵀg, shape (K,), from the summed shares of `project`."""
-        return shares if self.pool.family == "independent" else fwht_float(shares)
+    def scalars(self, shares: torch.Tensor) -> NDArray[np.float64]:
+        """Return Zᵀg, shape (K,), from the shares that `project` summed."""
+        sums: NDArray[np.float64] = shares.cpu().numpy()
+        return sums if self.pool.family == "independent" else fwht_float(sums)
 
     def _target(self, name: str, base: torch.Tensor, out: torch.Tensor) -> Target:
         tid, spec = self._places[name]

@@ -10,12 +10,14 @@ from typing import Final
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from lorand.coefficients import Coefficients, Table, fwht, table
-from lorand.kernels import Backend
+from lorand.coefficients import Coefficients
+from lorand.kernels import Backend, zero_sums
 from lorand.kernels.cpu import CpuBackend
 from lorand.kernels.reference import ReferenceBackend
 from lorand.philox import Key
+from lorand.transform import Table, fwht, table
 
 # ------------------------------------------------------------- backends
 
@@ -109,6 +111,16 @@ def materialised(
 ) -> torch.Tensor:
     backend.materialise(base, values, out, key=KEY, tid=tid)
     return out
+
+
+def projected(
+    backend: Backend, gradient: torch.Tensor, size: int, tid: int = 3
+) -> NDArray[np.float64]:
+    """Bucket sums of one gradient, shape (size,)."""
+    sums = zero_sums(size, gradient.device)
+    backend.project(gradient, sums, key=KEY, tid=tid)
+    result: NDArray[np.float64] = sums.cpu().numpy()
+    return result
 
 
 def by_reference(base: torch.Tensor, values: Table, tid: int = 3) -> torch.Tensor:

@@ -31,15 +31,16 @@ from tests.contracts.kernel_cases import (
     looked_at,
     materialised,
     placed,
+    projected,
     random_coefficients,
     random_table,
     sign,
 )
 
-from lorand.coefficients import fwht, table
 from lorand.kernels import Backend, Place, reference
 from lorand.kernels.cpu import CpuBackend
 from lorand.kernels.reference import ReferenceBackend
+from lorand.transform import fwht, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -214,12 +215,12 @@ def test_a_sum_rounds_as_torch_casts(backend: Backend, narrow: torch.dtype) -> N
 def test_one_and_two_threads_give_the_same_bits(dtype: torch.dtype) -> None:
     """Invariant 4: the number of threads cannot be seen in the weights (in scalars it may)."""
     base, gradient = awkward((70001,), dtype), gradient_of(70001, dtype)
-    expected = ReferenceBackend().project(gradient, 4096, key=KEY, tid=3)
+    expected = projected(ReferenceBackend(), gradient, 4096)
     results = []
     for threads in (1, 2):
         numba.set_num_threads(threads)
         torch.set_num_threads(threads)
-        sums = CpuBackend().project(gradient, 4096, key=KEY, tid=3)
+        sums = projected(CpuBackend(), gradient, 4096)
         np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-9)
         pooled = materialised(CpuBackend(), base, random_table(4096, 0), torch.empty_like(base))
         amounts, seeded = np.array([2**40 + 1, -3, 77], np.int64), torch.empty_like(base)

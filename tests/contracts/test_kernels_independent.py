@@ -5,6 +5,7 @@ from typing import Final
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from tests.contracts.kernel_cases import (
     COUNT,
     LOOKED_AT,
@@ -20,8 +21,9 @@ from tests.contracts.kernel_cases import (
 )
 
 from lorand.errors import LedgerError
-from lorand.kernels import Backend
+from lorand.kernels import Backend, zero_sums
 from lorand.kernels.reference import ReferenceBackend
+from lorand.philox import Key
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -91,14 +93,24 @@ def test_independent_in_place_and_transposed(backend: Backend, dtype: torch.dtyp
     assert torch.equal(bits(seeded(backend, turned, turned, 3)), expected)
 
 
+def seed_scalars(
+    backend: Backend, gradient: torch.Tensor, seeds: list[Key] = SEEDS, factor: float = 1.0
+) -> NDArray[np.float64]:
+    sums = zero_sums(len(seeds), gradient.device)
+    backend.project_independent(gradient, seeds, sums, tid=4, factor=factor)
+    result: NDArray[np.float64] = sums.cpu().numpy()
+    return result
+
+
 def test_project_independent_is_the_dot_product(backend: Backend, dtype: torch.dtype) -> None:
     gradient = gradient_of(4200, dtype)
     live = placed(backend, gradient)
-    scalars = backend.project_independent(live, SEEDS, tid=4)
+    scalars = seed_scalars(backend, live)
     signs = np.array([[sign(i, key, 4) for i in range(4200)] for key in SEEDS], np.float64)
     np.testing.assert_allclose(scalars, signs @ gradient.double().numpy(), rtol=0, atol=1e-6)
-    assert backend.project_independent(live[:0], SEEDS, tid=4).tolist() == [0.0] * 3
-    assert backend.project_independent(live, [], tid=4).shape == (0,)
+    assert seed_scalars(backend, live, factor=4.0).tolist() == (4 * scalars).tolist()
+    assert seed_scalars(backend, live[:0]).tolist() == [0.0] * 3
+    assert seed_scalars(backend, live, seeds=[]).shape == (0,)
 
 
 @pytest.mark.parametrize("shape", [(1,), (4096,), (4097,), (5, 123, 123)], ids=str)
@@ -106,9 +118,10 @@ def test_project_independent_agrees_with_the_reference(
     other: Backend, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     gradient = gradient_of(int(np.prod(shape)), dtype).reshape(shape)
-    expected = ReferenceBackend().project_independent(gradient, SEEDS, tid=4)
-    scalars = other.project_independent(placed(other, gradient), SEEDS, tid=4)
-    np.testing.assert_allclose(scalars, expected, rtol=0, atol=1e-9)
+    expected = seed_scalars(ReferenceBackend(), gradient)
+    np.testing.assert_allclose(
+        seed_scalars(other, placed(other, gradient)), expected, rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("amounts", [[1], [1, 2, 3]], ids=["too few", "too many"])

@@ -14,11 +14,12 @@ from tests.contracts.kernel_cases import (
     direction,
     gradient_of,
     placed,
+    projected,
 )
 
-from lorand.coefficients import fwht_float
-from lorand.kernels import Backend
+from lorand.kernels import Backend, zero_sums
 from lorand.kernels.reference import ReferenceBackend
+from lorand.transform import fwht_float
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,7 +35,7 @@ def test_project_is_the_dot_product_with_each_direction(
 ) -> None:
     """Zᵀg by the transform of the bucket sums equals z_k · g spelled out."""
     gradient = gradient_of(9001, dtype)
-    scalars = fwht_float(backend.project(placed(backend, gradient), size, key=KEY, tid=3))
+    scalars = fwht_float(projected(backend, placed(backend, gradient), size))
     assert scalars.shape == (size,)
     for k in [0, size - 1, *np.random.default_rng(size).integers(0, size, 4).tolist()]:
         expected = explicit_direction(k, size) @ gradient.double().numpy()
@@ -48,8 +49,8 @@ def test_project_agrees_with_the_reference(
     gradient = gradient_of(int(np.prod(shape)), dtype).reshape(shape)
     live = placed(other, gradient)
     for size in SIZES:
-        expected = ReferenceBackend().project(gradient, size, key=KEY, tid=0)
-        sums = other.project(live, size, key=KEY, tid=0)
+        expected = projected(ReferenceBackend(), gradient, size, tid=0)
+        sums = projected(other, live, size, tid=0)
         np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-9)
 
 
@@ -58,8 +59,8 @@ def test_project_agrees_with_the_reference(
 )
 def test_project_to_a_large_pool(other: Backend, size: int, count: int) -> None:
     gradient = gradient_of(count, torch.bfloat16)
-    expected = ReferenceBackend().project(gradient, size, key=KEY, tid=3)
-    sums = other.project(placed(other, gradient), size, key=KEY, tid=3)
+    expected = projected(ReferenceBackend(), gradient, size)
+    sums = projected(other, placed(other, gradient), size)
     np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-9)
 
 
@@ -68,7 +69,7 @@ def test_project_of_a_transposed_gradient(backend: Backend, dtype: torch.dtype) 
     plain = turned.contiguous()
 
     def sums(gradient: torch.Tensor) -> NDArray[np.float64]:
-        return backend.project(gradient, 256, key=KEY, tid=0)
+        return projected(backend, gradient, 256, tid=0)
 
     np.testing.assert_allclose(sums(turned), sums(plain), rtol=0, atol=1e-9)
 
@@ -78,6 +79,17 @@ def test_project_of_a_part_of_a_tensor(backend: Backend, dtype: torch.dtype) -> 
     gradient = gradient_of(9001, dtype)
     live = placed(backend, gradient)
     for part in (slice(1, 8200), slice(0, 9001, 2)):
-        expected = ReferenceBackend().project(gradient[part].clone(), 4096, key=KEY, tid=0)
-        sums = backend.project(live[part], 4096, key=KEY, tid=0)
+        expected = projected(ReferenceBackend(), gradient[part].clone(), 4096, tid=0)
+        sums = projected(backend, live[part], 4096, tid=0)
         np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [256, 1 << 16])
+def test_project_adds_to_what_is_there(backend: Backend, size: int) -> None:
+    """The sums of all tensors of a model are one array, each tensor with its direction scale."""
+    first, second = gradient_of(70_001, torch.float32), gradient_of(900, torch.bfloat16)
+    sums = zero_sums(size, placed(backend, first).device)
+    backend.project(placed(backend, first), sums, key=KEY, tid=0)
+    backend.project(placed(backend, second), sums, key=KEY, tid=1, factor=16.0)
+    apart = [projected(ReferenceBackend(), g, size, tid) for tid, g in enumerate((first, second))]
+    np.testing.assert_allclose(sums.cpu(), apart[0] + 16 * apart[1], rtol=0, atol=1e-9)

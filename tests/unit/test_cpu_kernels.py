@@ -15,15 +15,17 @@ import pytest
 import torch
 from numba import types
 
-from lorand.coefficients import Coefficients, Table, add, fwht, table, zeros
+from lorand.coefficients import Coefficients, add, zeros
 from lorand.directions import Pool
-from lorand.kernels import cpu, selfcheck, tiles
+from lorand.kernels import cpu, selfcheck, tiles, zero_sums
+from lorand.kernels import threads as pool
 from lorand.kernels.cpu import CpuBackend
 from lorand.kernels.reference import ReferenceBackend
 from lorand.kernels.selfcheck import Trust
 from lorand.manifest import Manifest, TensorSpec
 from lorand.philox import Key
 from lorand.replica import CopyReplica, tensor_bytes
+from lorand.transform import Table, fwht, table
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
@@ -67,8 +69,10 @@ def run_all(backend: CpuBackend, dtype: torch.dtype) -> list[torch.Tensor]:
     keys, amounts = [(1, 2), (3, 4)], np.array([5, -7])
     backend.materialise(base, values, pooled, key=(1, 2), tid=0)
     backend.materialise_independent(base, keys, amounts, seeded, tid=0, exponent=-9)
-    sums = torch.from_numpy(backend.project(base, 64, key=(1, 2), tid=0))
-    return [pooled, seeded, sums, torch.from_numpy(backend.project_independent(base, keys, tid=0))]
+    sums, scalars = zero_sums(64, CPU), zero_sums(2, CPU)
+    backend.project(base, sums, key=(1, 2), tid=0)
+    backend.project_independent(base, keys, scalars, tid=0)
+    return [pooled, seeded, sums, scalars]
 
 
 # ------------------------------------------------------------- self-check
@@ -154,7 +158,7 @@ def test_threads_leave_no_mark(
     dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1, 2 and 13 threads give the same weights; streamed or not, in order or by chunk."""
-    monkeypatch.setattr(cpu, "PARALLEL", 1)
+    monkeypatch.setattr(pool, "PARALLEL", 1)
     base = torch.randn(600_001, generator=torch.Generator().manual_seed(1)).to(dtype)
     values = table(fwht(np.random.default_rng(0).integers(-(2**20), 2**20, size)), 30, 0)
     results = []
@@ -163,7 +167,8 @@ def test_threads_leave_no_mark(
         monkeypatch.setattr(cpu, "STREAM_BYTES", stream)
         out = torch.empty_like(base)
         CpuBackend().materialise(base, values, out, key=(5, 6), tid=2)
-        sums = CpuBackend().project(base, size, key=(5, 6), tid=2)
+        sums = zero_sums(size, CPU)
+        CpuBackend().project(base, sums, key=(5, 6), tid=2)
         results.append((bytes(tensor_bytes(out)), sums))
     for made, sums in results[1:]:
         assert made == results[0][0]

@@ -12,16 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lorand.coefficients import Coefficients, Table, add, fwht, zeros
+from lorand.coefficients import Coefficients, add, zeros
 from lorand.directions import Family, Indices, Pool
 from lorand.displacement import HadamardDisplacement, displacement
 from lorand.errors import LedgerError, ModelError
-from lorand.kernels import Backend, Place
+from lorand.kernels import Backend, Place, zero_sums
 from lorand.kernels.cpu import CpuBackend
 from lorand.kernels.reference import ReferenceBackend
 from lorand.manifest import Manifest, TensorSpec
 from lorand.philox import Key
-from lorand.replica import DTYPES, CopyReplica, tensor_bytes
+from lorand.replica import DTYPES, CopyReplica, Replica, tensor_bytes
+from lorand.transform import Table, fwht
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -380,6 +381,13 @@ def test_independent_directions_are_nearly_orthogonal() -> None:
     assert np.sqrt((inner**2).sum() / (64 * 63)) == pytest.approx(1, abs=0.1)
 
 
+def scalars_of(replica: Replica, gradient: dict[str, torch.Tensor]) -> NDArray[np.float64]:
+    shares = zero_sums(replica.pool.size, torch.device("cpu"))
+    for name, g in gradient.items():
+        replica.project(name, g, shares)
+    return replica.scalars(shares)
+
+
 def reconstruction_cosine(family: Family, shapes: list[tuple[int, ...]], size: int) -> float:
     """cos(g, Z Zᵀ g), by the replica's own projection and materialisation from zero weights."""
     specs = [TensorSpec(f"w{n}", shape, "float32") for n, shape in enumerate(shapes)]
@@ -387,8 +395,7 @@ def reconstruction_cosine(family: Family, shapes: list[tuple[int, ...]], size: i
     replica = CopyReplica(tensors_of(manifest, zero=True), manifest, pool_of(family, size))
     generator = torch.Generator().manual_seed(7)
     gradient = {s.name: torch.randn(s.shape, generator=generator) for s in specs}
-    shares = sum((replica.project(name, g) for name, g in gradient.items()), np.zeros(size))
-    replica.set(np.rint(replica.scalars(shares) * 2.0**12).astype(np.int64))
+    replica.set(np.rint(scalars_of(replica, gradient) * 2.0**12).astype(np.int64))
     g = torch.cat([gradient[s.name].reshape(-1) for s in specs]).double()
     w = torch.cat([replica.live[s.name].reshape(-1) for s in specs]).double()
     return float(g @ w / (g.norm() * w.norm()))
@@ -425,7 +432,7 @@ def test_scale_exponents_multiply(family: Family) -> None:
         replica = CopyReplica(tensors_of(manifest, zero=True), manifest, pool_of(family))
         replica.set(random_coefficients(6))
         gradient = torch.linspace(-1, 2, 900)
-        return replica.live["w"], replica.scalars(replica.project("w", gradient))
+        return replica.live["w"], scalars_of(replica, {"w": gradient})
 
     weights, scalars = scaled(0)
     for exponent in (4, -3, 10):
@@ -441,8 +448,7 @@ def test_project_is_the_derivative_along_each_direction(family: Family) -> None:
     replica = CopyReplica(tensors_of(exact), exact, pool_of(family, quantum_exponent=8))
     generator = torch.Generator().manual_seed(8)
     gradient = {s.name: torch.randn(s.shape, generator=generator) for s in exact.tensors}
-    shares = sum((replica.project(name, g) for name, g in gradient.items()), np.zeros(64))
-    scalars = replica.scalars(shares)
+    scalars = scalars_of(replica, gradient)
 
     def loss(index: int, quanta: int) -> float:
         with replica.perturbed(index, quanta):

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from lorand.coefficients import Coefficients, Table
+from lorand.coefficients import Coefficients
 from lorand.philox import Key
+from lorand.transform import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +52,18 @@ class Backend(Protocol):
         """
 
     def project(
-        self, gradient: torch.Tensor, size: int, *, key: Key, tid: int
-    ) -> NDArray[np.float64]:
-        """Return the bucket sums v[e] = Σ_i [(i mod K) xor r_b = e] D[i]·gradient[i].
+        self,
+        gradient: torch.Tensor,
+        sums: torch.Tensor,
+        *,
+        key: Key,
+        tid: int,
+        factor: float = 1.0,
+    ) -> None:
+        """Add factor · Σ_i [(i mod K) xor r_b = e] D[i]·gradient[i] to each bucket sums[e].
 
-        Shape (K,). Zᵀ·gradient is their Walsh–Hadamard transform (`coefficients.fwht_float`).
+        sums: shape (K,), of `zero_sums` for the gradient's device. Over all tensors of a model,
+        Zᵀ·gradient is their Walsh–Hadamard transform (`transform.fwht_float`).
         """
 
     def materialise_independent(
@@ -76,9 +82,15 @@ class Backend(Protocol):
         """
 
     def project_independent(
-        self, gradient: torch.Tensor, keys: Sequence[Key], *, tid: int
-    ) -> NDArray[np.float64]:
-        """Return Σ_i D_s[i]·gradient[i] for each key, shape (len(keys),)."""
+        self,
+        gradient: torch.Tensor,
+        keys: Sequence[Key],
+        sums: torch.Tensor,
+        *,
+        tid: int,
+        factor: float = 1.0,
+    ) -> None:
+        """Add factor · Σ_i D_s[i]·gradient[i] to sums[s] for each key, shape (len(keys),)."""
 
 
 def backend_for(device: torch.device) -> Backend:
@@ -98,6 +110,15 @@ def backend_for(device: torch.device) -> Backend:
             return reference.ReferenceBackend()
         return gpu.GpuBackend()
     return reference.ReferenceBackend()
+
+
+def zero_sums(count: int, device: torch.device) -> torch.Tensor:
+    """Return zeros, shape (count,), float64, for projected gradients that are on this device.
+
+    On the CPU where torch's devices need not have float64: on all but CUDA and ROCm ones.
+    """
+    place = device if device.type == "cuda" else torch.device("cpu")
+    return torch.zeros(count, dtype=torch.float64, device=place)
 
 
 def check_pair(base: torch.Tensor, out: torch.Tensor) -> None:

@@ -4,12 +4,8 @@ Bit-identical with the reference: no fast-math, so a product is never fused into
 products are in the table before a weight is touched.
 """
 
-import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,11 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lorand.coefficients import Coefficients, Table, check_magnitude
+from lorand.coefficients import Coefficients, check_magnitude
 from lorand.kernels import Place, check_pair, tiles
 from lorand.kernels.reference import ReferenceBackend
 from lorand.kernels.selfcheck import Trust
+from lorand.kernels.threads import share, threads_for
 from lorand.philox import Key
+from lorand.transform import Table
 
 CHUNK: Final = 1 << 15
 """Places of a table, or buckets, that stay in a core's cache while tiles are walked by chunk."""
@@ -29,10 +27,6 @@ MATERIALISE_BY_CHUNK: Final = 1 << 18
 """Pool size from which that pays: a table of 1 MiB."""
 PROJECT_BY_CHUNK: Final = 1 << 16
 """The same for bucket sums in float64; threads then need no sums of their own."""
-PARALLEL: Final = 1 << 18
-"""Weights from which threads pay: waking one costs as much as a hundred thousand weights."""
-PARTS: Final = 4
-"""Parts a thread."""
 STREAM_BYTES: Final = 1 << 20
 """Size from which weights are written past the cache: they would not stay in it anyway."""
 LIMB: Final = 1 << 28
@@ -87,52 +81,59 @@ class CpuBackend(ReferenceBackend):
         dtype = places[0].base.dtype
         bases = [place.base.detach().contiguous() for place in places]
         outs = [place.out.detach().contiguous() for place in places]
-        values = np.stack([np.asarray(table, np.float32) for table in tables]).view(np.uint32)
-        size = values.shape[1]
+        values = [np.ascontiguousarray(table, np.float32) for table in tables]
+        size = values[0].size
         counts = np.array([base.numel() for base in bases], np.int64)
         columns = (
             np.array([base.data_ptr() for base in bases], np.int64),
             np.array([out.data_ptr() for out in outs], np.int64),
             counts,
             np.array([place.tid for place in places], np.uint32),
-            values,
-            np.array([place.table for place in places], np.int64),
+            np.array([values[place.table].ctypes.data for place in places], np.int64),
         )
         chunk = CHUNK if size >= MATERIALISE_BY_CHUNK else 0
-        setting = (*_words(*key), dtype == torch.bfloat16, chunk, STREAM_BYTES)
+        setting = (size, *_words(*key), dtype == torch.bfloat16, chunk, STREAM_BYTES)
 
         def part(first: int, last: int) -> None:
             tiles.materialise(_LIKE[dtype], *columns, *setting, first, last)
 
         steps = sum(tiles.walk.py_func(count, size, chunk)[2] for count in counts.tolist())
-        _share(part, steps, _threads(int(counts.sum())))
+        share(part, steps, threads_for(int(counts.sum())))
         for place, out in zip(places, outs, strict=True):
             if not place.out.is_contiguous():
                 place.out.detach().copy_(out)
 
     def project(
-        self, gradient: torch.Tensor, size: int, *, key: Key, tid: int
-    ) -> NDArray[np.float64]:
+        self,
+        gradient: torch.Tensor,
+        sums: torch.Tensor,
+        *,
+        key: Key,
+        tid: int,
+        factor: float = 1.0,
+    ) -> None:
         """See `lorand.kernels.Backend.project`."""
         gradient = gradient if gradient.dtype in _BITS else gradient.float()
         if gradient.numel() == 0 or not self._trusted("hadamard", gradient):
-            return super().project(gradient, size, key=key, tid=tid)
-        array, sums = _array(gradient), np.zeros(size)
-        threads = _threads(array.size)
+            super().project(gradient, sums, key=key, tid=tid, factor=factor)
+            return
+        array, total, size = _array(gradient), sums.numpy(), sums.numel()
+        threads = threads_for(array.size)
         each = 1 << (size // threads).bit_length() - 1  # a power of two, at least one a thread
         chunk = min(CHUNK, each) if size >= PROJECT_BY_CHUNK else 0
         run, blocks, steps = tiles.walk.py_func(array.size, size, chunk)
+        apart = threads == 1 or run > 0 or array.size <= size  # no bucket is in two parts
+        place = np.uint32(tid), *_words(*key), run, blocks
         lock = threading.Lock()
 
         def part(first: int, last: int) -> None:
-            own = sums if run or threads == 1 else np.zeros(size)
-            tiles.project(array, own, 1.0, np.uint32(tid), *_words(*key), run, blocks, first, last)
-            if own is not sums:
+            own = total if apart else np.zeros(size)
+            tiles.project(array, own, factor, *place, first, last)
+            if not apart:
                 with lock:
-                    np.add(sums, own, out=sums)
+                    np.add(total, own, out=total)
 
-        _share(part, steps, threads, multiple=blocks * run or 1)
-        return sums
+        share(part, steps, threads, multiple=blocks * run or 1)
 
     def materialise_independent(
         self,
@@ -161,23 +162,27 @@ class CpuBackend(ReferenceBackend):
         def part(first: int, last: int) -> None:
             tiles.independent(source, target, *grouped, *place, first, last)
 
-        _share(part, -(-source.size // tiles.TILE), _threads(source.size))
+        share(part, -(-source.size // tiles.TILE), threads_for(source.size))
         _store(target, out)
 
     def project_independent(
-        self, gradient: torch.Tensor, keys: Sequence[Key], *, tid: int
-    ) -> NDArray[np.float64]:
+        self,
+        gradient: torch.Tensor,
+        keys: Sequence[Key],
+        sums: torch.Tensor,
+        *,
+        tid: int,
+        factor: float = 1.0,
+    ) -> None:
         """See `lorand.kernels.Backend.project_independent`."""
-        sums = np.zeros(len(keys))
-        packed = np.array(keys, np.uint32).reshape(-1, 2)
+        total, packed = sums.numpy(), np.array(keys, np.uint32).reshape(-1, 2)
         array = _array(gradient if gradient.dtype in _BITS else gradient.float())
 
         def part(first: int, last: int) -> None:
             for s in range(first, last):
-                sums[s] = tiles.project_independent(array, packed[s], np.uint32(tid))
+                total[s] += factor * tiles.project_independent(array, packed[s], np.uint32(tid))
 
-        _share(part, len(keys), _threads(array.size))
-        return sums
+        share(part, len(keys), threads_for(array.size))
 
     def _trusted(self, family: str, tensor: torch.Tensor) -> bool:
         return _trust.of(self, family, tensor.dtype, tensor.device)
@@ -212,44 +217,6 @@ def _grouped(
     if shift == _LIMB_BITS and np.count_nonzero(moved >= 0) == 1:
         moved[:] = -1  # int32 holds every total
     return seeds, tables.reshape(-1).astype(np.int32), moved
-
-
-def _threads(count: int) -> int:
-    threads = torch.get_num_threads()
-    return 1 if threads == 1 or count < PARALLEL else threads
-
-
-def _share(part: Callable[[int, int], None], steps: int, threads: int, multiple: int = 1) -> None:
-    """Run part(first, last) over all steps, on this thread and others of this process.
-
-    Threads that sleep between calls, not OpenMP's: those of a second pool would wait actively on
-    the cores that torch's own pool computes on. Whoever is free takes the next part, so a core
-    that is taken away holds up a part, not a half.
-    """
-    if threads == 1:
-        part(0, steps)
-        return
-    units, parts = steps // multiple, PARTS * threads
-    bounds = [units * n // parts * multiple for n in range(parts + 1)]
-    left = iter(list(pairwise(bounds)))
-
-    def work() -> None:
-        for first, last in left:
-            part(first, last)
-
-    others = [_pool().submit(work) for _ in range(threads - 1)]
-    work()
-    for other in others:
-        if not other.cancel():
-            other.result()
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="lorand-kernels")
-
-
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 def _words(*words: int) -> tuple[np.uint32, ...]:

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from numpy.typing import NDArray
 
-from lorand.coefficients import Coefficients, Table, check_magnitude, check_size
+from lorand.coefficients import Coefficients, check_magnitude, check_size
 from lorand.kernels import Place, check_pair, gpu_programs
 from lorand.kernels.reference import ReferenceBackend
 from lorand.kernels.selfcheck import Trust
 from lorand.philox import Key
+from lorand.transform import Table
 
 TILE: Final = 4096
 LANES: Final = 256
@@ -104,22 +104,30 @@ class GpuBackend(ReferenceBackend):
                 _write_back(pair.target, pair.place.out)
 
     def project(
-        self, gradient: torch.Tensor, size: int, *, key: Key, tid: int
-    ) -> NDArray[np.float64]:
+        self,
+        gradient: torch.Tensor,
+        sums: torch.Tensor,
+        *,
+        key: Key,
+        tid: int,
+        factor: float = 1.0,
+    ) -> None:
         """See `lorand.kernels.Backend.project`."""
+        size = sums.numel()
         check_size(size)
         gradient = gradient if gradient.dtype in _TYPES else gradient.float()
         if gradient.numel() == 0 or not self.trusted("hadamard", gradient):
-            return super().project(gradient, size, key=key, tid=tid)
+            super().project(gradient, sums, key=key, tid=tid, factor=factor)
+            return
         chunks, spans = _spans(gradient, size)
         splits = max(1, min(spans // SPANS_A_PROGRAM, PROGRAMS // chunks))
-        sums = gradient.new_empty(splits * chunks * TILE, dtype=torch.float64)
+        parts = gradient.new_empty(splits * chunks * TILE, dtype=torch.float64)
         with _device_of(gradient):
             gpu_programs.project[(splits * chunks,)](
-                _flat(gradient), sums, tid, _seed(key), *divmod(gradient.numel(), TILE), spans,
+                _flat(gradient), parts, tid, _seed(key), *divmod(gradient.numel(), TILE), spans,
                 splits, SIZE=size, LANES=SUM_LANES, **_options(SUM_LANES),
             )  # fmt: skip
-        return _total(sums.reshape(-1, size))
+        sums.add_(parts.reshape(-1, size).sum(0), alpha=factor)
 
     def materialise_independent(
         self,
@@ -152,20 +160,26 @@ class GpuBackend(ReferenceBackend):
         _write_back(target, out)
 
     def project_independent(
-        self, gradient: torch.Tensor, keys: Sequence[Key], *, tid: int
-    ) -> NDArray[np.float64]:
+        self,
+        gradient: torch.Tensor,
+        keys: Sequence[Key],
+        sums: torch.Tensor,
+        *,
+        tid: int,
+        factor: float = 1.0,
+    ) -> None:
         """See `lorand.kernels.Backend.project_independent`."""
         if gradient.numel() == 0 or not keys:
-            return np.zeros(len(keys))
+            return
         tiles, rest = divmod(gradient.numel(), TILE)
         splits = max(1, min(tiles, PROGRAMS // len(keys)))
-        sums = gradient.new_empty(splits * len(keys), dtype=torch.float64)
+        parts = gradient.new_empty(splits * len(keys), dtype=torch.float64)
         with _device_of(gradient):
             gpu_programs.project_independent[(splits * len(keys),)](
-                _flat(gradient), sums, _seeds(keys, gradient.device), len(keys), tid, tiles, rest,
+                _flat(gradient), parts, _seeds(keys, gradient.device), len(keys), tid, tiles, rest,
                 splits, LANES=SUM_LANES, **_options(SUM_LANES),
             )  # fmt: skip
-        return _total(sums.reshape(splits, len(keys)))
+        sums.add_(parts.reshape(splits, len(keys)).sum(0), alpha=factor)
 
     def trusted(self, family: str, tensor: torch.Tensor) -> bool:
         """Whether the compiled programs agree with the definition; the first call compiles them.
@@ -247,11 +261,6 @@ def _seed(key: Key) -> int:
 
 def _seeds(keys: Sequence[Key], device: torch.device) -> torch.Tensor:
     return torch.tensor([_seed(key) for key in keys], dtype=torch.int64, device=device)
-
-
-def _total(parts: torch.Tensor) -> NDArray[np.float64]:
-    total: NDArray[np.float64] = parts.sum(0).cpu().numpy()
-    return total
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from lorand.coefficients import Coefficients, Table, check_magnitude
+from lorand.coefficients import Coefficients, check_magnitude
 from lorand.kernels import Place, check_pair
 from lorand.philox import MULTIPLIER_0, MULTIPLIER_1, ROUNDS, WEYL_0, WEYL_1, Key
+from lorand.transform import Table
 
 CHUNK = 1 << 16
 """Elements a step: a multiple of the 4,096-element sign tile; keeps temporaries in cache."""
@@ -93,17 +93,22 @@ class ReferenceBackend:
             self.materialise(place.base, tables[place.table], place.out, key=key, tid=place.tid)
 
     def project(
-        self, gradient: torch.Tensor, size: int, *, key: Key, tid: int
-    ) -> NDArray[np.float64]:
+        self,
+        gradient: torch.Tensor,
+        sums: torch.Tensor,
+        *,
+        key: Key,
+        tid: int,
+        factor: float = 1.0,
+    ) -> None:
         """See `lorand.kernels.Backend.project`."""
-        sums = torch.zeros(size, dtype=torch.float64)
-        source = gradient.detach().reshape(-1)
+        size, source = sums.numel(), gradient.detach().reshape(-1)
         for start, count in _chunks(source.numel()):
             place = buckets(start, count, key=key, tid=tid, size=size, device=gradient.device)
             part = signs(start, count, key=key, tid=tid, device=gradient.device)
             part = part * source[start : start + count].float()
-            sums.index_add_(0, place.cpu(), part.cpu().double())
-        return sums.numpy()
+            place, part = place.to(sums.device), part.to(sums.device).double()
+            sums.index_add_(0, place, part, alpha=factor)
 
     def materialise_independent(
         self,
@@ -129,17 +134,21 @@ class ReferenceBackend:
         _write_back(target, out)
 
     def project_independent(
-        self, gradient: torch.Tensor, keys: Sequence[Key], *, tid: int
-    ) -> NDArray[np.float64]:
+        self,
+        gradient: torch.Tensor,
+        keys: Sequence[Key],
+        sums: torch.Tensor,
+        *,
+        tid: int,
+        factor: float = 1.0,
+    ) -> None:
         """See `lorand.kernels.Backend.project_independent`."""
-        sums = np.zeros(len(keys))
         source = gradient.detach().reshape(-1)
         for start, count in _chunks(source.numel()):
-            part = source[start : start + count].double()
+            part = source[start : start + count].to(sums.device).double()
             for s, key in enumerate(keys):
-                one = signs(start, count, key=key, tid=tid, device=gradient.device)
-                sums[s] += float(torch.dot(one.double(), part))
-        return sums
+                one = signs(start, count, key=key, tid=tid, device=sums.device)
+                sums[s] += factor * torch.dot(one.double(), part)
 
 
 def _flat(out: torch.Tensor) -> torch.Tensor:

@@ -192,28 +192,29 @@ def _materialise_steps(
 
 @njit(cache=True, nogil=True)
 def materialise(
-    like: Any, bases: Any, outs: Any, counts: Any, tids: Any, tables: Any, used: Any, k0: Any,
+    like: Any, bases: Any, outs: Any, counts: Any, tids: Any, tables: Any, size: Any, k0: Any,
     k1: Any, paired: Any, chunk: Any, stream: Any, first: Any, last: Any,
 ) -> None:  # fmt: skip
     """DESIGN §2 step 7 for the steps first … last of a walk through several tensors.
 
-    bases and outs are addresses of `counts` weights of the dtype of `like`; used[n] is the row of
-    tables, shape (rows, K), that tensor n takes. chunk: places of a table that stay in cache, 0 to
-    walk in order (`_tile_of`). Results of stream bytes and more are written past the cache.
+    bases and outs are addresses of `counts` weights of the dtype of `like`, tables those of the
+    table, shape (size,), that each takes. chunk: places of a table that stay in cache, 0 to walk in
+    order (`_tile_of`). Results of stream bytes and more are written past the cache.
     """
     before = np.int64(0)
     for n in range(counts.shape[0]):
         count = counts[n]
-        run, blocks, steps = walk(count, tables.shape[1], chunk)
+        run, blocks, steps = walk(count, size, chunk)
         start, stop = max(first - before, 0), min(last - before, steps)
         before += steps
         if start < stop:
             base = carray(pointer_to(bases[n]), (count,), like.dtype)
             out = carray(pointer_to(outs[n]), (count,), like.dtype)
+            table = carray(pointer_to(tables[n]), (size,), np.uint32)
             past = bases[n] != outs[n] and outs[n] % STREAM_ALIGN == 0
             past = past and count * like.itemsize >= stream
             _materialise_steps(
-                base, out, tables[used[n]], tids[n], k0, k1, paired, past, run, blocks, start, stop
+                base, out, table, tids[n], k0, k1, paired, past, run, blocks, start, stop
             )  # fmt: skip
 
 
