@@ -34,6 +34,7 @@ from lorand.coefficients import Coefficients
 from lorand.directions import Pool, seed_keys
 from lorand.kernels import Place, zero_sums
 from lorand.kernels.cpu import CpuBackend
+from lorand.kernels.threads import share
 from lorand.transform import fwht, table
 
 TURNS = 7
@@ -84,7 +85,7 @@ def touch(weights: Weights, pool: ThreadPoolExecutor) -> None:
     half = weights.memory.dtype == torch.bfloat16
     array = weights.memory.view(torch.uint16).numpy() if half else weights.memory.numpy()
     loop = _touch_bf16 if half else _touch_f32
-    list(pool.map(loop, np.array_split(array, torch.get_num_threads())))
+    share(lambda first, last: loop(array[first:last]), len(array), torch.get_num_threads())
 
 
 def peer(weights: Weights, seeds: int = 1) -> None:

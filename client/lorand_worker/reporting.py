@@ -41,7 +41,7 @@ class ConsoleReporter:
             now = time.monotonic()
             if now - self._last_line >= LINE_EVERY_S or committed == total:
                 self._last_line = now
-                self._console.print(f"round {committed} of {total}  {text}", markup=False)
+                self.note(f"round {committed} of {total}  {text}".rstrip())
             return
         if self._bar is None:
             self._bar = Progress(
