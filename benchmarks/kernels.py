@@ -20,21 +20,19 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from experiments.provenance import provenance
 
 from benchmarks import shapes, step
+from benchmarks.limit import touch
 from lorand.coefficients import Coefficients
 from lorand.directions import Pool, seed_keys
 from lorand.kernels import Place, zero_sums
 from lorand.kernels.cpu import CpuBackend
-from lorand.kernels.threads import share
 from lorand.transform import fwht, table
 
 TURNS = 7
@@ -56,36 +54,13 @@ class Weights:
         for shape in model:
             places.append(total)
             total += -(-shapes.count([shape]) // 64) * 64
+        total += -total % 4096
         generator = torch.Generator().manual_seed(0)
         self.memory = (torch.randn(total, generator=generator) * 0.03).to(dtype)
         self.tensors = [
             self.memory[at : at + shapes.count([shape])].reshape(shape)
             for at, shape in zip(places, model, strict=True)
         ]
-
-
-@numba.njit(nogil=True)
-def _touch_f32(weights: Any) -> None:
-    for i in range(weights.shape[0]):
-        weights[i] += np.float32(1e-9)
-
-
-@numba.njit(nogil=True)
-def _touch_bf16(weights: Any) -> None:
-    """torch's own bfloat16 addition is slower than memory, so this loop is the limit."""
-    for i in range(weights.shape[0]):
-        wide = np.uint32(np.uint32(weights[i]) << np.uint32(16)).view(np.float32)
-        total = np.float32(wide + np.float32(1e-9)).view(np.uint32)
-        even = np.uint32(np.uint32(total >> np.uint32(16)) & np.uint32(1))
-        weights[i] = np.uint16(np.uint32(total + np.uint32(0x7FFF) + even) >> np.uint32(16))
-
-
-def touch(weights: Weights, pool: ThreadPoolExecutor) -> None:
-    """Read and write all weights in place, in equal parts on all threads."""
-    half = weights.memory.dtype == torch.bfloat16
-    array = weights.memory.view(torch.uint16).numpy() if half else weights.memory.numpy()
-    loop = _touch_bf16 if half else _touch_f32
-    share(lambda first, last: loop(array[first:last]), len(array), torch.get_num_threads())
 
 
 def peer(weights: Weights, seeds: int = 1) -> None:
@@ -126,7 +101,7 @@ class Ours:
             self._backend.project(gradient, sums, key=KEY, tid=tid)
 
 
-def kernel_rows(model: shapes.Shapes, pool: ThreadPoolExecutor) -> dict[str, Call]:
+def kernel_rows(model: shapes.Shapes) -> dict[str, Call]:
     """Return what is timed on every model: limits, one direction, rebuild and project."""
     rng = np.random.default_rng(0)
     many = {k: rng.integers(-(10**6), 10**6, k) for k in POOL_SIZES}
@@ -137,7 +112,7 @@ def kernel_rows(model: shapes.Shapes, pool: ThreadPoolExecutor) -> dict[str, Cal
         live = Weights(model, dtype)
         inside, outside = Ours(live, live), Ours(Weights(model, dtype), live)
         if word != "f16":
-            rows[f"limit_{word}"] = partial(touch, live, pool)
+            rows[f"limit_{word}"] = partial(touch, live.memory)
             rows[f"peer_{word}"] = partial(peer, live)
         if word == "f32":
             rows["torch_f32"] = partial(live.memory.mul_, 1.0)
@@ -150,7 +125,7 @@ def kernel_rows(model: shapes.Shapes, pool: ThreadPoolExecutor) -> dict[str, Cal
     return rows
 
 
-def round_rows(model: shapes.Shapes, pool: ThreadPoolExecutor) -> dict[str, Call]:
+def round_rows(model: shapes.Shapes) -> dict[str, Call]:
     """Return 64 scalars applied by peers and by us; seconds a turn for the peers."""
     live = Weights(model, torch.float32)
     ours = Ours(live, live)
@@ -219,17 +194,16 @@ def one_setting(threads: int, models: dict[str, shapes.Shapes]) -> dict[str, Any
     """Measure everything with this many threads; ratios at the top are of the first model."""
     torch.set_num_threads(threads)
     result: dict[str, Any] = {}
-    with ThreadPoolExecutor(threads) as pool:
-        for name, model in models.items():
-            weights = shapes.count(model)
-            times = measure(kernel_rows(model, pool), weights)
-            found = ratios(times)
-            if not result:
-                beside = measure(round_rows(model, pool), weights)
-                result |= found | round_ratios(beside) | step.overhead(TURNS)
-                times |= beside
-            medians = {row: round(statistics.median(t), 4) for row, t in times.items()}
-            result[name] = {"weights": weights, "ratios": found, "ns_a_weight": medians}
+    for name, model in models.items():
+        weights = shapes.count(model)
+        times = measure(kernel_rows(model), weights)
+        found = ratios(times)
+        if not result:
+            beside = measure(round_rows(model), weights)
+            result |= found | round_ratios(beside) | step.overhead(TURNS)
+            times |= beside
+        medians = {row: round(statistics.median(t), 4) for row, t in times.items()}
+        result[name] = {"weights": weights, "ratios": found, "ns_a_weight": medians}
     return result
 
 

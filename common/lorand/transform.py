@@ -7,6 +7,7 @@ order of the additions cannot change a bit.
 import logging
 from collections.abc import Callable, Iterable
 from functools import cache
+from itertools import product
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -16,8 +17,8 @@ from lorand.coefficients import Coefficients, check_magnitude
 
 Table = NDArray[np.float32]
 
-COMPILED: Final = 1 << 15
-"""Pool size from which the compiled transform pays: below, numpy needs less than a millisecond."""
+COMPILED: Final = 1 << 12
+"""Pool size from which the compiled transform pays: below, numpy needs less than 0.1 ms."""
 
 log = logging.getLogger("lorand.kernels")
 
@@ -86,8 +87,8 @@ def _compiled() -> Callable[[Any], None] | None:
         from lorand.kernels import butterflies
     except ImportError:  # numba is optional
         return None
-    for dtype in (np.int64, np.float64):
-        values = (np.arange(COMPILED) * 37 % 1009).astype(dtype)
+    for dtype, size in product((np.int64, np.float64), (COMPILED, 1 << 16)):
+        values = (np.arange(size) * 37 % 1009).astype(dtype)
         expected = values.copy()
         _butterfly(expected)
         butterflies.transform(values)

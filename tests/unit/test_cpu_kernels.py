@@ -9,16 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
-from numba import types
 
 from lorand.coefficients import Coefficients, add, zeros
 from lorand.directions import Pool
-from lorand.kernels import cpu, selfcheck, tiles, zero_sums
-from lorand.kernels import threads as pool
+from lorand.kernels import cpu, jobs, loops, selfcheck, zero_sums
 from lorand.kernels.cpu import CpuBackend
 from lorand.kernels.reference import ReferenceBackend
 from lorand.kernels.selfcheck import Trust
@@ -50,13 +47,8 @@ def test_the_loops_are_vectorised(name: str, dtype: torch.dtype) -> None:
     pattern = VECTOR_REGISTERS.get(platform.machine())
     if pattern is None:
         pytest.skip(f"no pattern of vector registers for {platform.machine()}")
-    run_all(CpuBackend(), dtype)
-    wanted = {torch.float32: types.float32, torch.bfloat16: types.uint16}[dtype]
-    cached = getattr(tiles, name)
-    signature = next(s for s in cached.signatures if s[0].dtype == wanted)
-    fresh = numba.njit(nogil=True)(cached.py_func)  # cached code cannot be looked into
-    fresh.compile(signature)
-    code = fresh.inspect_asm(signature)
+    fresh = getattr(loops, name)(cpu._BITS[dtype], stored=False)  # stored code has no listing
+    code = fresh._library.get_asm_str()
     assert len(re.findall(pattern, code)) > 100, "scalar loops"
     assert not re.search(r"\bv?fmadd|\bfmla", code), "a product was fused into an add"
 
@@ -127,8 +119,8 @@ def test_distrusted_kernels_give_way_to_the_reference(
     monkeypatch.setattr(selfcheck, "pool_agrees", fails)
     monkeypatch.setattr(selfcheck, "independent_agrees", fails)
     monkeypatch.setattr(cpu, "_trust", Trust("CPU", lambda: True))
-    for kernel in ("materialise", "project", "independent"):
-        monkeypatch.setattr(tiles, kernel, None)
+    for loop in ("materialise", "project", "independent", "project_independent"):
+        monkeypatch.setattr(loops, loop, None)
     for _ in range(2):
         found = run_all(CpuBackend(), torch.float32)
         assert torch.equal(found[0], expected[0])
@@ -154,11 +146,16 @@ def test_compiling_is_announced(before: bool, caplog: pytest.LogCaptureFixture) 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [64, 4096, 1 << 18])
+@pytest.mark.parametrize("openmp", [True, False], ids=["torch's", "own"])
 def test_threads_leave_no_mark(
-    dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, size: int, openmp: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1, 2 and 13 threads give the same weights; streamed or not, in order or by chunk."""
-    monkeypatch.setattr(pool, "PARALLEL", 1)
+    if not openmp:
+        monkeypatch.setattr(jobs, "_openmp", lambda: None)
+    elif platform.system() == "Linux":
+        assert jobs._openmp() is not None, "torch's threads are not found: passes take longer"
+    monkeypatch.setattr(jobs, "PARALLEL", 1)
     base = torch.randn(600_001, generator=torch.Generator().manual_seed(1)).to(dtype)
     values = table(fwht(np.random.default_rng(0).integers(-(2**20), 2**20, size)), 30, 0)
     results = []

@@ -123,7 +123,9 @@ def zero_sums(count: int, device: torch.device) -> torch.Tensor:
 
 def check_pair(base: torch.Tensor, out: torch.Tensor) -> None:
     """Raise ValueError unless out can hold the materialised base."""
-    if base.shape != out.shape or base.dtype != out.dtype or base.device != out.device:
+    if base is not out and (
+        base.shape != out.shape or base.dtype != out.dtype or base.device != out.device
+    ):
         raise ValueError(
             f"base and out must agree: {tuple(base.shape)} {base.dtype} on {base.device} against "
             f"{tuple(out.shape)} {out.dtype} on {out.device}"

@@ -5,15 +5,20 @@ the lower levels stay within a row, the upper ones within a strip of columns: tw
 memory, where a level at a time makes twenty for K = 2^20.
 """
 
-from collections.abc import Callable
+from functools import cache
 from typing import Any, Final
 
-from numba import njit
+import numpy as np
+from numba import carray, cfunc, njit
 
-from lorand.kernels.threads import share, threads_for
+from lorand.kernels import jobs
+from lorand.kernels.jobs import SIGNATURE, layout, next_part
+from lorand.kernels.simd import pointer_to
 
 ROW: Final = 1 << 14
 STRIP: Final = 64
+
+_JOB: Final = layout(values=np.int64, size=np.int64)
 
 
 @njit
@@ -46,22 +51,23 @@ def _eights(values: Any) -> None:
         values[i + 4], values[i + 5], values[i + 6], values[i + 7] = a - e, b - f, c - g, d - h
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _within_rows(values: Any, first: Any, last: Any) -> None:
+    size = min(ROW, values.shape[0])
     for r in range(first, last):
-        row = values[r * ROW : (r + 1) * ROW]
+        row = values[r * size : (r + 1) * size]
         _eights(row)
         half = 8
-        while 4 * half <= ROW:
-            for at in range(0, ROW, 4 * half):
+        while 4 * half <= size:
+            for at in range(0, size, 4 * half):
                 two, three, four = at + half, at + 2 * half, at + 3 * half
                 _four(row[at:two], row[two:three], row[three:four], row[four : four + half])
             half *= 4
-        if half < ROW:
+        if half < size:
             _pair(row[:half], row[half:])
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _within_strips(values: Any, first: Any, last: Any) -> None:
     rows = values.shape[0] // ROW
     for strip in range(first, last):
@@ -75,13 +81,37 @@ def _within_strips(values: Any, first: Any, last: Any) -> None:
             half *= 2
 
 
+@cache
+def _loops(dtype: Any) -> Any:
+    """Both passes, compiled for numbers of a numpy dtype."""
+
+    @cfunc(SIGNATURE, cache=True)
+    def rows(address: Any) -> None:
+        job = carray(pointer_to(address), (1,), _JOB)[0]
+        values = carray(pointer_to(job.values), (job.size,), dtype)
+        first, last = next_part(address, job)
+        while first >= 0:
+            _within_rows(values, first, last)
+            first, last = next_part(address, job)
+
+    @cfunc(SIGNATURE, cache=True)
+    def strips(address: Any) -> None:
+        job = carray(pointer_to(address), (1,), _JOB)[0]
+        values = carray(pointer_to(job.values), (job.size,), dtype)
+        first, last = next_part(address, job)
+        while first >= 0:
+            _within_strips(values, first, last)
+            first, last = next_part(address, job)
+
+    return rows, strips
+
+
 def transform(values: Any) -> None:
-    """Replace int64 or float64 values, shape (K,), K ≥ ROW, by H·values."""
+    """Replace int64 or float64 values, shape (K,), by H·values."""
     size = values.shape[0]
-
-    def each(loop: Callable[[Any, int, int], None], steps: int) -> None:
-        share(lambda first, last: loop(values, first, last), steps, threads_for(size))
-
-    each(_within_rows, size // ROW)
-    if size > ROW:
-        each(_within_strips, ROW // STRIP)
+    rows, strips = _loops(values.dtype.type)
+    passes = [(rows, max(1, size // ROW))] + [(strips, ROW // STRIP)] * (size > ROW)
+    for loop, steps in passes:
+        job = np.zeros(1, _JOB)
+        job["values"], job["size"] = values.ctypes.data, size
+        jobs.run(loop, job, steps, jobs.threads_for(size))

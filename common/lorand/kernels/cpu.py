@@ -4,9 +4,7 @@ Bit-identical with the reference: no fast-math, so a product is never fused into
 products are in the table before a weight is touched.
 """
 
-import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -14,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from lorand.coefficients import Coefficients, check_magnitude
-from lorand.kernels import Place, check_pair, tiles
+from lorand.kernels import Place, check_pair, jobs, loops, tiles
 from lorand.kernels.reference import ReferenceBackend
 from lorand.kernels.selfcheck import Trust
-from lorand.kernels.threads import share, threads_for
 from lorand.philox import Key
 from lorand.transform import Table
 
@@ -34,19 +31,14 @@ LIMB: Final = 1 << 28
 _LIMB_BITS: Final = 28
 _SIGNS: Final = 1 - 2 * (np.arange(16) >> np.arange(4).reshape(4, 1) & 1)
 _BITS: Final = {
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.uint16,
-    torch.float16: torch.int16,
+    torch.float32: np.float32,
+    torch.bfloat16: np.uint16,
+    torch.float16: np.int16,
 }
 """How weights are named to the compiled code (`simd`)."""
-_LIKE: Final = {dtype: torch.empty(0, dtype=bits).numpy() for dtype, bits in _BITS.items()}
 
 
-def _compiled_before() -> bool:
-    return any(Path(tiles.project.stats.cache_path).glob("tiles.project-*.nbi"))
-
-
-_trust = Trust("CPU", _compiled_before)
+_trust = Trust("CPU", loops.compiled_before)
 
 
 class CpuBackend(ReferenceBackend):
@@ -79,28 +71,31 @@ class CpuBackend(ReferenceBackend):
     ) -> None:
         """Tensors of one dtype: a walk through all of them, shared among threads."""
         dtype = places[0].base.dtype
-        bases = [place.base.detach().contiguous() for place in places]
-        outs = [place.out.detach().contiguous() for place in places]
+        bases = [_in_order(place.base) for place in places]
+        outs = [_in_order(place.out) for place in places]
         values = [np.ascontiguousarray(table, np.float32) for table in tables]
-        size = values[0].size
-        counts = np.array([base.numel() for base in bases], np.int64)
-        columns = (
-            np.array([base.data_ptr() for base in bases], np.int64),
-            np.array([out.data_ptr() for out in outs], np.int64),
-            counts,
-            np.array([place.tid for place in places], np.uint32),
-            np.array([values[place.table].ctypes.data for place in places], np.int64),
-        )
+        at, size = [table.ctypes.data for table in values], values[0].size
         chunk = CHUNK if size >= MATERIALISE_BY_CHUNK else 0
-        setting = (size, *_words(*key), dtype == torch.bfloat16, chunk, STREAM_BYTES)
-
-        def part(first: int, last: int) -> None:
-            tiles.materialise(_LIKE[dtype], *columns, *setting, first, last)
-
-        steps = sum(tiles.walk.py_func(count, size, chunk)[2] for count in counts.tolist())
-        share(part, steps, threads_for(int(counts.sum())))
+        counts = [base.numel() for base in bases]
+        job = _Job(
+            loops.MATERIALISE,
+            tensors=len(places),
+            bases=np.array([base.data_ptr() for base in bases], np.int64),
+            outs=np.array([out.data_ptr() for out in outs], np.int64),
+            counts=np.array(counts, np.int64),
+            tids=np.array([place.tid for place in places], np.uint32),
+            tables=np.array([at[place.table] for place in places], np.int64),
+            size=size,
+            chunk=chunk,
+            stream=STREAM_BYTES,
+            k0=key[0],
+            k1=key[1],
+            paired=dtype == torch.bfloat16,
+        )
+        steps = sum(tiles.walk.py_func(count, size, chunk)[2] for count in counts)
+        jobs.run(loops.materialise(_BITS[dtype]), job.record, steps, jobs.threads_for(sum(counts)))
         for place, out in zip(places, outs, strict=True):
-            if not place.out.is_contiguous():
+            if out is not place.out:
                 place.out.detach().copy_(out)
 
     def project(
@@ -117,23 +112,31 @@ class CpuBackend(ReferenceBackend):
         if gradient.numel() == 0 or not self._trusted("hadamard", gradient):
             super().project(gradient, sums, key=key, tid=tid, factor=factor)
             return
-        array, total, size = _array(gradient), sums.numpy(), sums.numel()
-        threads = threads_for(array.size)
+        source, size = _in_order(gradient), sums.numel()
+        threads = jobs.threads_for(source.numel())
         each = 1 << (size // threads).bit_length() - 1  # a power of two, at least one a thread
         chunk = min(CHUNK, each) if size >= PROJECT_BY_CHUNK else 0
-        run, blocks, steps = tiles.walk.py_func(array.size, size, chunk)
-        apart = threads == 1 or run > 0 or array.size <= size  # no bucket is in two parts
-        place = np.uint32(tid), *_words(*key), run, blocks
-        lock = threading.Lock()
-
-        def part(first: int, last: int) -> None:
-            own = total if apart else np.zeros(size)
-            tiles.project(array, own, factor, *place, first, last)
-            if not apart:
-                with lock:
-                    np.add(total, own, out=total)
-
-        share(part, steps, threads, multiple=blocks * run or 1)
+        run, blocks, steps = tiles.walk.py_func(source.numel(), size, chunk)
+        apart = threads == 1 or run > 0 or source.numel() <= size  # no bucket is in two parts
+        total = sums if apart else sums.new_zeros(threads, size)
+        job = _Job(
+            loops.PROJECT,
+            gradient=source,
+            count=source.numel(),
+            sums=total,
+            stride=0 if apart else size,
+            size=size,
+            run=run,
+            blocks=blocks,
+            factor=factor,
+            tid=tid,
+            k0=key[0],
+            k1=key[1],
+        )
+        loop = loops.project(_BITS[source.dtype])
+        jobs.run(loop, job.record, steps, threads, multiple=blocks * run or 1)
+        if not apart:
+            sums += total.sum(0)
 
     def materialise_independent(
         self,
@@ -155,15 +158,24 @@ class CpuBackend(ReferenceBackend):
                 base, keys, coefficients, out, tid=tid, exponent=exponent
             )
             return
-        source, target = _array(base), _array(out)
-        grouped = _grouped(keys, coefficients)
-        place = np.uint32(tid), np.float32(2.0**exponent)
-
-        def part(first: int, last: int) -> None:
-            tiles.independent(source, target, *grouped, *place, first, last)
-
-        share(part, -(-source.size // tiles.TILE), threads_for(source.size))
-        _store(target, out)
+        source, target = _in_order(base), _in_order(out)
+        seeds, tables, moved = _grouped(keys, coefficients)
+        job = _Job(
+            loops.INDEPENDENT,
+            base=source,
+            out=target,
+            count=source.numel(),
+            groups=moved.size,
+            keys=seeds,
+            tables=tables,
+            moved=moved,
+            factor=2.0**exponent,
+            tid=tid,
+        )
+        steps, threads = -(-source.numel() // tiles.TILE), jobs.threads_for(source.numel())
+        jobs.run(loops.independent(_BITS[source.dtype]), job.record, steps, threads)
+        if target is not out:
+            out.detach().copy_(target)
 
     def project_independent(
         self,
@@ -175,14 +187,23 @@ class CpuBackend(ReferenceBackend):
         factor: float = 1.0,
     ) -> None:
         """See `lorand.kernels.Backend.project_independent`."""
-        total, packed = sums.numpy(), np.array(keys, np.uint32).reshape(-1, 2)
-        array = _array(gradient if gradient.dtype in _BITS else gradient.float())
-
-        def part(first: int, last: int) -> None:
-            for s in range(first, last):
-                total[s] += factor * tiles.project_independent(array, packed[s], np.uint32(tid))
-
-        share(part, len(keys), threads_for(array.size))
+        gradient = gradient if gradient.dtype in _BITS else gradient.float()
+        if gradient.numel() == 0 or not self._trusted("independent", gradient):
+            super().project_independent(gradient, keys, sums, tid=tid, factor=factor)
+            return
+        source = _in_order(gradient)
+        job = _Job(
+            loops.PROJECT_INDEPENDENT,
+            gradient=source,
+            count=source.numel(),
+            seeds=len(keys),
+            keys=np.array(keys, np.uint32).reshape(-1, 2),
+            sums=sums,
+            factor=factor,
+            tid=tid,
+        )
+        loop, threads = loops.project_independent(_BITS[source.dtype]), torch.get_num_threads()
+        jobs.run(loop, job.record, len(keys), threads)
 
     def _trusted(self, family: str, tensor: torch.Tensor) -> bool:
         return _trust.of(self, family, tensor.dtype, tensor.device)
@@ -219,19 +240,21 @@ def _grouped(
     return seeds, tables.reshape(-1).astype(np.int32), moved
 
 
-def _words(*words: int) -> tuple[np.uint32, ...]:
-    return tuple(np.uint32(word) for word in words)
+class _Job:
+    """A job's record, and the arrays and tensors whose addresses it holds."""
+
+    def __init__(self, layout: np.dtype[Any], **columns: Any) -> None:
+        self.record = np.zeros(1, layout)
+        self._kept = columns
+        for name, value in columns.items():
+            if isinstance(value, torch.Tensor):
+                self.record[name] = value.data_ptr()
+            elif isinstance(value, np.ndarray):
+                self.record[name] = value.ctypes.data
+            else:
+                self.record[name] = value
 
 
-def _array(tensor: torch.Tensor) -> NDArray[Any]:
-    """The tensor's memory in row-major order (a copy where it is ordered otherwise)."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    array: NDArray[Any] = flat.view(_BITS[flat.dtype]).numpy()
-    return array
-
-
-def _store(target: NDArray[Any], out: torch.Tensor) -> None:
-    """Copy back where `_array` had to make a copy of out."""
-    if not out.is_contiguous():
-        flat = torch.from_numpy(target).view(out.dtype)
-        out.detach().copy_(flat.reshape(out.shape))
+def _in_order(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy where its memory is not row-major and without gaps."""
+    return tensor if tensor.is_contiguous() else tensor.detach().contiguous()

@@ -278,6 +278,17 @@ def pointer_to(_context: Any, _address: Any) -> Any:
     return types.voidptr(types.int64), codegen
 
 
+@intrinsic
+def take(_context: Any, _address: Any) -> Any:
+    """Return the int64 at an address and add one to it, atomically."""
+
+    def codegen(_: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, ir.IntType(64)(1), "seq_cst")
+
+    return types.int64(types.int64), codegen
+
+
 def _read(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     def read(of: Any) -> Any:
         pointer = _pointer(context, builder, kind, of, array, index)

@@ -90,7 +90,7 @@ def tile_words(words: Any, at: Any, tile: Any, tid: Any, k0: Any, k1: Any, paire
             store(words, at + 64 * half + 32 * part + 16, b)
 
 
-@njit(cache=True)
+@njit
 def walk(count: Any, size: Any, chunk: Any) -> Any:
     """run, blocks and steps of a walk (`_tile_of`) through count weights, K = size."""
     steps = (count + TILE - 1) // TILE
@@ -190,7 +190,7 @@ def _materialise_steps(
         fence()
 
 
-@njit(cache=True, nogil=True)
+@njit
 def materialise(
     like: Any, bases: Any, outs: Any, counts: Any, tids: Any, tables: Any, size: Any, k0: Any,
     k1: Any, paired: Any, chunk: Any, stream: Any, first: Any, last: Any,
@@ -242,7 +242,7 @@ def _sum_tile(
             accumulate(sums, (i & (size - 1)) ^ high, part, factor)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def project(
     gradient: Any,
     sums: Any,
@@ -329,7 +329,7 @@ def _add_moves(base: Any, out: Any, tile: Any, moves: Any) -> None:
         out[start + whole : start + count] = spare[: count - whole]
 
 
-@njit(cache=True, nogil=True)
+@njit
 def independent(
     base: Any, out: Any, keys: Any, tables: Any, moved: Any, tid: Any, factor: Any, first: Any,
     last: Any,
@@ -370,7 +370,7 @@ def independent(
         _add_moves(base, out, tile, moves)
 
 
-@njit(cache=True, nogil=True)
+@njit
 def project_independent(gradient: Any, key: Any, tid: Any) -> Any:
     """Return Σ_i D_s[i]·gradient[i] in float64 for one seed."""
     words = np.empty(ROW, np.uint32)
