@@ -244,15 +244,17 @@ class _Job:
     """A job's record, and the arrays and tensors whose addresses it holds."""
 
     def __init__(self, layout: np.dtype[Any], **columns: Any) -> None:
-        self.record = np.zeros(1, layout)
         self._kept = columns
-        for name, value in columns.items():
-            if isinstance(value, torch.Tensor):
-                self.record[name] = value.data_ptr()
-            elif isinstance(value, np.ndarray):
-                self.record[name] = value.ctypes.data
-            else:
-                self.record[name] = value
+        assert layout.names == (*jobs.COLUMNS, *columns), "columns in the layout's order"
+        values = (_address(value) for value in columns.values())
+        self.record = np.array([(0,) * len(jobs.COLUMNS) + tuple(values)], layout)
+
+
+def _address(value: Any) -> Any:
+    """Where an array or a tensor is; a number stays what it is."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    return value.ctypes.data if isinstance(value, np.ndarray) else value
 
 
 def _in_order(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,21 +20,22 @@ from numpy.typing import NDArray
 
 from lorand.kernels.simd import take
 
-PARALLEL: Final = 1 << 16
+PARALLEL: Final = 1 << 18
 """Numbers from which threads pay."""
 PARTS: Final = 4
 """Parts a thread."""
 SIGNATURE: Final = types.void(types.int64)
 """Of a compiled loop (`numba.cfunc`): it gets the address of its job."""
-HEADER: Final = [(name, np.int64) for name in ("taken", "entered", "parts", "units", "multiple")]
+COLUMNS: Final = ("taken", "entered", "parts", "units", "multiple")
+"""What every job begins with: counters that threads add to, and how its steps are cut."""
 
 Job = NDArray[Any]
-"""One record, shape (1,), that begins with HEADER."""
+"""One record, shape (1,)."""
 
 
 def layout(**columns: type) -> np.dtype[Any]:
-    """Return the layout of a job with these columns after the header."""
-    return np.dtype([*HEADER, *columns.items()], align=True)
+    """Return the layout of a job with these columns after the first."""
+    return np.dtype([*((name, np.int64) for name in COLUMNS), *columns.items()], align=True)
 
 
 @njit

@@ -226,20 +226,23 @@ def _sum_tile(
     """Add D·g to the buckets of one tile; the array begins at weight origin."""
     size = np.int64(sums.shape[0])
     width: Any = min(size, TILE)
-    start = tile * TILE
+    height: Any = min(width, ROW)
+    tile_end = tile * TILE + TILE
     ahead = np.int64(AHEAD // gradient.itemsize)
     top = splat(_TOP)
-    height: Any = min(width, ROW)
-    for row in range(start, stop, height):
-        shift = shift_of(row // size, size - 1, tid, k0, k1)
+    for at in range(tile * TILE, stop, width):
+        shift = shift_of(at // size, size - 1, tid, k0, k1)
         high, low = shift & ~np.int64(15), uint32(shift & 15)
-        lift = splat(uint32(31 - ((row & (TILE - 1)) // ROW)))
-        early = ahead - origin if row + ahead < start + TILE else ahead + jump - origin
-        for i in range(row, min(stop, row + height), 16):
-            prefetch_two(gradient, i + early)
-            sign = (load(words, i & (ROW - 1)) << lift) & top
-            part = permute_xor(load(gradient, i - origin) ^ sign, low)
-            accumulate(sums, (i & (size - 1)) ^ high, part, factor)
+        for row in range(at, min(at + width, stop), height):
+            lift = splat(uint32(31 - ((row & (TILE - 1)) // ROW)))
+            early = ahead - origin if row + ahead < tile_end else ahead + jump - origin
+            for i in range(row, min(stop, row + height), STEP):
+                prefetch_two(gradient, i + early)
+                m, place = i & (ROW - 1), (i & (size - 1)) ^ high
+                part = load(gradient, i - origin) ^ ((load(words, m) << lift) & top)
+                accumulate(sums, place, permute_xor(part, low), factor)
+                part = load(gradient, i + 16 - origin) ^ ((load(words, m + 16) << lift) & top)
+                accumulate(sums, place ^ 16, permute_xor(part, low), factor)
 
 
 @njit
