@@ -5,6 +5,7 @@ products are in the table before a weight is touched.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 import numpy as np
@@ -159,7 +160,7 @@ class CpuBackend(ReferenceBackend):
             )
             return
         source, target = _in_order(base), _in_order(out)
-        seeds, tables, moved = _grouped(keys, coefficients)
+        seeds, tables, moved = _grouped(tuple(keys), coefficients.astype(np.int64).tobytes())
         job = _Job(
             loops.INDEPENDENT,
             base=source,
@@ -209,25 +210,29 @@ class CpuBackend(ReferenceBackend):
         return _trust.of(self, family, tensor.dtype, tensor.device)
 
 
+@lru_cache(maxsize=2)
 def _grouped(
-    keys: Sequence[Key], coefficients: Coefficients
+    keys: tuple[Key, ...], coefficients: bytes
 ) -> tuple[NDArray[np.uint32], NDArray[np.int32], NDArray[np.int64]]:
-    """Groups of four seeds: keys, 16 sums of signs a group, and when int32 totals are moved.
+    """Groups of eight seeds: keys, 16 sums of signs of each four, and when int32 totals are moved.
 
-    Coefficients are dealt in digits of LIMB, so that four of them fit into int32. moved[g] ≥ 0:
+    `coefficients` are bytes of int64. They are dealt in digits of LIMB, so that eight of them
+    fit into int32. moved[g] ≥ 0:
     after group g the totals go to int64, shifted left so far; −1: they stay.
     """
-    packed, rest, shift = np.array(keys, np.uint32).reshape(-1, 2), coefficients, 0
+    packed, shift = np.array(keys, np.uint32).reshape(-1, 2), 0
+    rest = np.frombuffer(coefficients, np.int64)
     parts: list[tuple[NDArray[Any], ...]] = []
     while rest.any():
         digits = (rest + LIMB // 2) % LIMB - LIMB // 2
         used = np.flatnonzero(digits)
         groups = -(-len(used) // tiles.GROUP)
-        seeds, amounts = np.zeros((groups * 4, 2), np.uint32), np.zeros(groups * 4, np.int64)
+        room = groups * tiles.GROUP
+        seeds, amounts = np.zeros((room, 2), np.uint32), np.zeros(room, np.int64)
         seeds[: len(used)], amounts[: len(used)] = packed[used], digits[used]
         moved = np.full(groups, -1)
         if groups:
-            period = max(1, (2**31 - 1) // int(4 * np.abs(amounts).max()))
+            period = max(1, (2**31 - 1) // int(tiles.GROUP * np.abs(amounts).max()))
             moved[period - 1 :: period] = shift
             moved[-1] = shift
         parts.append((seeds, amounts.reshape(-1, 4) @ _SIGNS, moved))

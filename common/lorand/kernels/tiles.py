@@ -40,8 +40,8 @@ STEP: Final = 32
 """Weights a step; tails shorter than that are computed in a buffer of this length."""
 AHEAD: Final = 2048
 """Bytes between a load and the prefetch: half a page, the best of 1, 2, 4 and 8 KiB."""
-GROUP: Final = 4
-"""Seeds that one look-up sums: a table of 16 entries is one register."""
+GROUP: Final = 8
+"""Seeds added in one go, four by four: a table of 16 entries is one register."""
 
 _M0, _M1 = np.uint64(MULTIPLIER_0), np.uint64(MULTIPLIER_1)
 _W0, _W1 = np.uint32(WEYL_0), np.uint32(WEYL_1)
@@ -288,30 +288,44 @@ def _choose(mask: Any, where_set: Any, elsewhere: Any) -> Any:
     return elsewhere ^ ((where_set ^ elsewhere) & mask)
 
 
-@njit
-def _add_group(total: Any, words: Any, table: Any, at: Any) -> None:
-    """Add Σ ±A_s of four seeds to the int32 total of a tile; table[at + n] is the sum for signs n.
+@njit(inline="always")
+def _nibbles(words: Any, m: Any) -> Any:
+    """Turn four seeds' sign words of 16 columns into nibbles: a 4 x 4 bit transpose.
 
-    A 4 x 4 bit transpose turns four seeds' words into nibbles, each the place in the table of one
-    weight: one look-up in a register then serves four seeds. Totals lie column by column (a
-    column is 16 elements of each row): rows 512 bytes apart would wait for one another's stores.
+    Nibble j of the n-th result says the signs of the four seeds in row 4·j + n.
     """
     pairs, quads = splat(uint32(0x55555555)), splat(uint32(0x33333333))
-    one, two, four = splat(uint32(1)), splat(uint32(2)), splat(uint32(4))
-    entries = load(table, at)
+    one, two = splat(uint32(1)), splat(uint32(2))
+    a, b = load(words, m), load(words, m + ROW)
+    c, d = load(words, m + 2 * ROW), load(words, m + 3 * ROW)
+    ab0, ab1 = _choose(pairs, a, b << one), _choose(pairs, a >> one, b)
+    cd0, cd1 = _choose(pairs, c, d << one), _choose(pairs, c >> one, d)
+    n0, n1 = _choose(quads, ab0, cd0 << two), _choose(quads, ab1, cd1 << two)
+    n2, n3 = _choose(quads, ab0 >> two, cd0), _choose(quads, ab1 >> two, cd1)
+    return n0, n1, n2, n3
+
+
+@njit
+def _add_group(total: Any, words: Any, tables: Any, at: Any) -> None:
+    """Add Σ ±A_s of eight seeds to the int32 total of a tile.
+
+    tables[at + n] is the sum of the first four for signs n, tables[at + 16 + n] that of the others.
+    A nibble is the place in such a table of one weight: a look-up in a register serves four seeds.
+    Totals lie column by column (a column is 16 elements of each row): rows 512 bytes apart would
+    wait for one another's stores.
+    """
+    four = splat(uint32(4))
+    low, high = load(tables, at), load(tables, at + 16)
     for m in range(0, ROW, 16):
-        a, b = load(words, m), load(words, m + ROW)
-        c, d = load(words, m + 2 * ROW), load(words, m + 3 * ROW)
-        ab0, ab1 = _choose(pairs, a, b << one), _choose(pairs, a >> one, b)
-        cd0, cd1 = _choose(pairs, c, d << one), _choose(pairs, c >> one, d)
-        n0, n1 = _choose(quads, ab0, cd0 << two), _choose(quads, ab1, cd1 << two)
-        n2, n3 = _choose(quads, ab0 >> two, cd0), _choose(quads, ab1 >> two, cd1)
+        a, b, c, d = _nibbles(words, m)
+        e, f, g, h = _nibbles(words, m + 4 * ROW)
         for i in range(m * ROWS, (m + 16) * ROWS, 4 * 16):
-            store(total, i, load(total, i) + look_up(entries, n0))
-            store(total, i + 16, load(total, i + 16) + look_up(entries, n1))
-            store(total, i + 32, load(total, i + 32) + look_up(entries, n2))
-            store(total, i + 48, load(total, i + 48) + look_up(entries, n3))
-            n0, n1, n2, n3 = n0 >> four, n1 >> four, n2 >> four, n3 >> four
+            store(total, i, load(total, i) + look_up(low, a) + look_up(high, e))
+            store(total, i + 16, load(total, i + 16) + look_up(low, b) + look_up(high, f))
+            store(total, i + 32, load(total, i + 32) + look_up(low, c) + look_up(high, g))
+            store(total, i + 48, load(total, i + 48) + look_up(low, d) + look_up(high, h))
+            a, b, c, d = a >> four, b >> four, c >> four, d >> four
+            e, f, g, h = e >> four, f >> four, g >> four, h >> four
 
 
 @njit
@@ -337,10 +351,10 @@ def independent(
     base: Any, out: Any, keys: Any, tables: Any, moved: Any, tid: Any, factor: Any, first: Any,
     last: Any,
 ) -> None:  # fmt: skip
-    """DESIGN §2 step 8 for the tiles first … last, seeds in groups of four.
+    """DESIGN §2 step 8 for the tiles first … last, seeds in groups of eight.
 
-    tables: the 16 sums of signs of each group. moved[g] ≥ 0: after group g the int32 totals are
-    added to int64 ones, shifted left so far.
+    tables: twice the 16 sums of four signs, for each group. moved[g] ≥ 0: after group g the int32
+    totals are added to int64 ones, shifted left so far.
     """
     words = np.empty(GROUP * ROW, np.uint32)
     total = np.empty(TILE, np.int32)
@@ -359,7 +373,7 @@ def independent(
             for s in range(GROUP):
                 k0, k1 = keys[GROUP * group + s, 0], keys[GROUP * group + s, 1]
                 tile_words(words, ROW * s, tile, tid, k0, k1, False)
-            _add_group(total, words, tables, 16 * group)
+            _add_group(total, words, tables, 32 * group)
             if moved[group] >= 0:
                 for e in range(TILE):
                     wide[e] += np.int64(total[e]) << moved[group]
