@@ -75,6 +75,8 @@ def run(
     # The seed also moves the draws: another seed is another run.
     draws = config.draws(run_digest(config.digest() + bytes([seed]), identity))
     state = optimizer.start(config)
+    unbiased = config.codec.rounding == "unbiased"
+    source_of_rounding = np.random.default_rng(seed)
     points = []
     for round_index in range(config.run.rounds + 1):
         if round_index in evaluate_at:
@@ -85,7 +87,9 @@ def run(
         reports = {}
         for worker, (part, sampler) in enumerate(zip(tasks, samplers, strict=True)):
             measured = estimator.measure(part.loss, sampler.batch(), draws.of(round_index, worker))
-            codes = codec.encode(config.codec.up, measured.values, state.scale_exponent)
+            count = len(measured.values)
+            uniform = source_of_rounding.random(count) if unbiased else None
+            codes = codec.encode(config.codec.up, measured.values, state.scale_exponent, uniform)
             reports[worker] = Report(codes, len(part))
         state, _ = optimizer.advance(config, draws, state, round_index, reports)
         replica.set(state.coefficients)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from lorand.config import RunConfig
+from lorand.config import EstimatorKind, RunConfig
 
 LABELS: Final = ("negative", "positive")
 GOOD: Final = (
@@ -131,13 +131,13 @@ def _write_tokenizer(folder: Path, more_words: Sequence[str]) -> dict[str, int]:
 Settings = dict[str, dict[str, Any]]
 
 
-def settings(kind: Literal["spsa", "backprop"], **changes: dict[str, Any]) -> Settings:
+def settings(kind: EstimatorKind, **changes: dict[str, Any]) -> Settings:
     """Return the sections of a run of three workers; `changes` are merged section by section."""
     content: Settings = {
         "run": {"name": f"tiny-{kind}", "rounds": 8},
         "model": {"name": "tiny", "trainable": "last:1", "max_length": 24},
         "task": {"labels": list(LABELS)},
-        "directions": {"pool_size": 256 if kind == "spsa" else 1024},
+        "directions": {"pool_size": 1024 if kind == "backprop" else 256},
         "estimator": {"kind": kind, "batch_size": 8},
         "optimizer": {"kind": "sgd", "learning_rate": 0.002},
         "rounds": {"quorum": 2, "start_with": 3, "deadline_s": 20.0},
@@ -159,6 +159,6 @@ def to_toml(content: Settings) -> str:
     return "\n".join(lines)
 
 
-def config(kind: Literal["spsa", "backprop"], **changes: dict[str, Any]) -> RunConfig:
+def config(kind: EstimatorKind, **changes: dict[str, Any]) -> RunConfig:
     """Return the config of `settings`."""
     return RunConfig.parse(to_toml(settings(kind, **changes)))

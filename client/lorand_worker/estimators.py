@@ -1,19 +1,25 @@
 """How a worker measures: the loss on its own batch → one scalar a direction."""
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorand.codec import Floats
 from lorand.config import RunConfig
 from lorand.directions import Indices
-from lorand.errors import LorandError
+from lorand.errors import ConfigError, LorandError
 from lorand.kernels import zero_sums
-from lorand.replica import Replica
+from lorand.layers import slots
+from lorand.replica import CopyReplica, Replica
 
 Loss = Callable[[Sequence[int]], torch.Tensor]
 """Mean loss of a batch of example indices at the live weights, a scalar tensor."""
@@ -66,6 +72,84 @@ class Spsa:
         return Measurement(values, total / (2 * len(indices)))
 
 
+class OneSided:
+    """One-point estimate: g_k = (L(w(A + c e_k)) − L(w(A))) / μ, c = μ/u.
+
+    FZOO, Dang et al., 2025, eq. 3: n directions cost n + 1 forward passes on the same batch. With
+    `optimizer.spread_decay = 0` the coordinator divides a step by the spread of the round's
+    scalars, as FZOO does. The reported loss is that of w(A).
+    """
+
+    def __init__(self, replica: Replica, config: RunConfig) -> None:
+        """Take the perturbation scale from the run."""
+        self._replica = replica
+        self._quanta = config.perturbation_quanta
+        self._scale = self._quanta * 2.0**-config.directions.quantum_exponent
+
+    @torch.no_grad()
+    def measure(self, loss: Loss, batch: Sequence[int], indices: Indices) -> Measurement:
+        """Return one scalar a direction; len(indices) + 1 forward passes."""
+        self._replica.settle()
+        base = _finite(loss(batch))
+        values = np.empty(len(indices))
+        for position, index in enumerate(indices.tolist()):
+            with self._replica.perturbed(index, self._quanta):
+                values[position] = (_finite(loss(batch)) - base) / self._scale
+        return Measurement(values, base)
+
+
+class ForwardGradient:
+    """Exact slope g_k = z_k · ∇L(w(A)) from one pass in forward-mode differentiation; no μ.
+
+    Baydin et al., Gradients without Backpropagation, 2022, algorithm 1. No graph is kept: memory is
+    the base, the weights and one direction.
+    """
+
+    def __init__(self, replica: Replica, module: nn.Module) -> None:
+        """Find where the module holds the replica's weights.
+
+        Raises ConfigError for a replica without weights of its own to differentiate along.
+        """
+        if not isinstance(replica, CopyReplica):
+            raise ConfigError(
+                'estimator "forward" differentiates along whole weights: join with --weights copy, '
+                'on a model that is not quantised, or use the estimator "spsa"'
+            )
+        with warnings.catch_warnings():  # torch 2.13's own rules use what it has deprecated
+            warnings.simplefilter("ignore", DeprecationWarning)
+            import torch._decomp.decompositions_for_jvp  # noqa: F401
+        self._replica = replica
+        names = {spec.name for spec in replica.manifest.tensors}
+        self._slots = [slot for _, slot in slots(module) if slot.name in names]
+
+    @torch.no_grad()
+    def measure(self, loss: Loss, batch: Sequence[int], indices: Indices) -> Measurement:
+        """Return one scalar a direction; as many passes, each with its derivative."""
+        values = np.empty(len(indices))
+        total = 0.0
+        for position, index in enumerate(indices.tolist()):
+            # Fused attention has no forward-mode derivative.
+            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), self._along(index):
+                value: Any = forward_ad.unpack_dual(loss(batch))  # type: ignore[no-untyped-call]
+            total += _finite(value.primal)
+            values[position] = _finite(value.tangent)
+        return Measurement(values, total / len(indices))
+
+    @contextmanager
+    def _along(self, index: int) -> Iterator[None]:
+        """Within it the module's weights are w(A) + ε · z_index, ε² = 0."""
+        make: Any = forward_ad.make_dual
+        weights, direction = self._replica.live, self._replica.direction(index)
+        tensors = {name: make(weights[name], z) for name, z in direction.items()}
+        before = [slot.put(tensors[slot.name]) for slot in self._slots]
+        try:
+            yield
+        finally:
+            # Backwards: a module in two places has its slots twice.
+            for slot, tensor in reversed(list(zip(self._slots, before, strict=True))):
+                slot.put(tensor)
+
+
 class Backprop:
     """All K scalars g_k = z_k · ∇L from one backward pass (Ferret, Shu et al., ICML 2025, eq. 6).
 
@@ -95,11 +179,19 @@ class Backprop:
         self._replica.project(name, gradient, self._shares)
 
 
-def build(config: RunConfig, replica: Replica, module: torch.nn.Module) -> Estimator:
+def build(config: RunConfig, replica: Replica, module: nn.Module) -> Estimator:
     """Return the run's estimator on a replica of this module; freezes what is not trained."""
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    return Spsa(replica, config) if config.estimator.kind == "spsa" else Backprop(replica)
+    match config.estimator.kind:
+        case "spsa":
+            return Spsa(replica, config)
+        case "one-sided":
+            return OneSided(replica, config)
+        case "forward":
+            return ForwardGradient(replica, module)
+        case "backprop":
+            return Backprop(replica)
 
 
 def _finite(value: torch.Tensor) -> float:

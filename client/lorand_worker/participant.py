@@ -3,12 +3,14 @@
 The gRPC session and the simulator drive the same object.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from lorand import codec, ledger
+from lorand.codec import Floats
 from lorand.coefficients import Coefficients
 from lorand.directions import Indices
 from lorand.errors import LorandError
@@ -47,8 +49,17 @@ class Counts:
 class Participant:
     """Follows the ledger and answers rounds. `position` says how far it has come."""
 
-    def __init__(self, position: Position, bench: Bench) -> None:
-        """Start at a position; the bench is brought there before the first measurement."""
+    def __init__(
+        self,
+        position: Position,
+        bench: Bench,
+        uniform: Callable[[int], Floats] = codec.system_uniform,
+    ) -> None:
+        """Start at a position; the bench is brought there before the first measurement.
+
+        `uniform` draws numbers for unbiased rounding; experiments inject a seeded one.
+        """
+        self._uniform = uniform
         self.position = position
         self.counts = Counts()
         self.worker: int | None = None
@@ -104,7 +115,8 @@ class Participant:
         assert measured.values.shape == indices.shape
         assert np.isfinite(measured.values).all()
         self.last_loss = measured.loss
-        codes = codec.encode(config.codec.up, measured.values, start.scale_exponent)
+        uniform = self._uniform(len(indices)) if config.codec.rounding == "unbiased" else None
+        codes = codec.encode(config.codec.up, measured.values, start.scale_exponent, uniform)
         contribution = pb.Contribution(
             round_index=start.round_index, codes=codec.pack(config.codec.up, codes)
         )

@@ -47,7 +47,8 @@ def choose(asked: Precision, config: RunConfig, device: "torch.device") -> tuple
     estimator = config.estimator
     if config.model.dtype != "float32":
         return Precision.FLOAT32, f"forward passes: {config.model.dtype}, as the weights"
-    if estimator.kind == "spsa" and estimator.perturbation_scale < MIN_PERTURBATION_SCALE:
+    two_losses = estimator.kind in ("spsa", "one-sided")
+    if two_losses and estimator.perturbation_scale < MIN_PERTURBATION_SCALE:
         return Precision.FLOAT32, (
             f"forward passes: float32, since at a perturbation scale below "
             f"{MIN_PERTURBATION_SCALE} bfloat16 would drown the scalars"

@@ -12,7 +12,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lorand.codec import Codec
+from lorand.codec import Codec, DeltaCodec, Rounding
 from lorand.coefficients import check_size, quanta
 from lorand.directions import Draws, Family, Pool, pool_key
 from lorand.errors import ConfigError
@@ -22,13 +22,18 @@ from lorand.schedules import Schedule
 PROTOCOL_VERSION = 1
 
 Quantisation = Literal["none", "int8", "nf4"]
+EstimatorKind = Literal["spsa", "one-sided", "forward", "backprop"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-ADDED_LATER: Final = {"model": {"quantisation": "none"}}
+ADDED_LATER: Final[dict[str, dict[str, object]]] = {
+    "model": {"quantisation": "none"},
+    "codec": {"rounding": "nearest"},
+    "optimizer": {"warmup_rounds": 0, "spread_decay": 0.9},
+}
 """Settings that the first runs did not have: at these values they are not part of the identity."""
 
 
@@ -98,19 +103,20 @@ class DirectionsSection(_Section):
 
 
 class EstimatorSection(_Section):
-    """How a worker measures: `spsa` by forward passes, `backprop` by one backward pass."""
+    """How a worker measures; see `lorand_worker.estimators`."""
 
-    kind: Literal["spsa", "backprop"]
+    kind: EstimatorKind
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
     perturbation_scale: Annotated[float, Field(gt=0, le=1024, allow_inf_nan=False)] = 0.01
     directions_per_round: Count = 8
 
 
 class CodecSection(_Section):
-    """Codes up (contributions) and down (ΔA)."""
+    """Codes up (contributions) and down (ΔA), and how workers round to them."""
 
     up: Codec = "int8"
-    down: Codec = "int8"
+    down: DeltaCodec = "int8"
+    rounding: Rounding = "nearest"
 
 
 class OptimizerSection(_Section):
@@ -119,10 +125,12 @@ class OptimizerSection(_Section):
     kind: Literal["sgd", "adam"] = "sgd"
     learning_rate: Positive
     normalise: bool = True
+    spread_decay: Share = 0.9
     momentum: Share = 0.0
     beta1: Share = 0.9
     beta2: Share = 0.999
     schedule: Schedule = "linear"
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
 
 
 class RoundsSection(_Section):
@@ -166,7 +174,7 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Refuse combinations that cannot work, with the way out."""
-        if self.perturbation_quanta < 1 and self.estimator.kind == "spsa":
+        if self.perturbation_quanta < 1 and self.estimator.kind in ("spsa", "one-sided"):
             raise ValueError(
                 "estimator.perturbation_scale is below the quantum 2^-quantum_exponent; "
                 "raise one of them"
@@ -180,6 +188,16 @@ class RunConfig(_Section):
         if self.directions.family == "independent" and self.directions.pool_size > 4096:
             raise ValueError(
                 'directions.family = "independent" costs K passes; use "hadamard" above 4096'
+            )
+        if self.codec.rounding == "unbiased" and self.codec.up == "sign":
+            raise ValueError(
+                'codec.up = "sign" keeps only signs, which cannot be unbiased: set '
+                'codec.rounding = "nearest", or codec.up = "int8" or "log8"'
+            )
+        if self.optimizer.warmup_rounds >= self.run.rounds:
+            raise ValueError(
+                f"optimizer.warmup_rounds = {self.optimizer.warmup_rounds} leaves nothing of "
+                f"{self.run.rounds} rounds; make it smaller"
             )
         if 0 < self.rounds.start_with < self.rounds.quorum:
             raise ValueError("rounds.start_with must be 0 (= quorum) or at least rounds.quorum")

@@ -55,13 +55,7 @@ class Replica(ABC):
                 f"coefficients of shape {coefficients.shape} on a pool of {self.pool.size}"
             )
         assert self._perturbed is None, "a measurement is under way"
-        self._settled = displacement(
-            coefficients,
-            self.pool,
-            self.backend,
-            keys=self._keys,
-            scale_exponents=frozenset(spec.scale_exponent for spec in self.manifest.tensors),
-        )
+        self._settled = self._displacement(coefficients)
         self.coefficients = coefficients
         self._moved()
 
@@ -102,6 +96,15 @@ class Replica(ABC):
             total.update(tensor_bytes(tensor))
         return total.digest()
 
+    def direction(self, index: int) -> dict[str, torch.Tensor]:
+        """Return z_index · 2^s of each tensor by name: ±2^s in its shape, dtype and device."""
+        one = zeros(self.pool.size)
+        one[index] = 1 << self.pool.quantum_exponent
+        made = {name: torch.zeros_like(tensor) for name, tensor in self.weights()}
+        targets = [self._target(name, tensor, tensor) for name, tensor in made.items()]
+        self._displacement(one).write(targets)
+        return made
+
     def project(self, name: str, gradient: torch.Tensor, shares: torch.Tensor) -> None:
         """Add one tensor's share of Zᵀg to `shares`, shape (K,), by bucket (hadamard) or by seed.
 
@@ -118,6 +121,15 @@ class Replica(ABC):
         """Return Zᵀg, shape (K,), from the shares that `project` summed."""
         sums: NDArray[np.float64] = shares.cpu().numpy()
         return sums if self.pool.family == "independent" else fwht_float(sums)
+
+    def _displacement(self, coefficients: Coefficients) -> Displacement:
+        return displacement(
+            coefficients,
+            self.pool,
+            self.backend,
+            keys=self._keys,
+            scale_exponents=frozenset(spec.scale_exponent for spec in self.manifest.tensors),
+        )
 
     def _target(self, name: str, base: torch.Tensor, out: torch.Tensor) -> Target:
         tid, spec = self._places[name]

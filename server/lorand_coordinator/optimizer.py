@@ -21,7 +21,6 @@ from lorand.config import RunConfig
 from lorand.directions import Draws
 from lorand_coordinator.aggregation import Estimate, Report, aggregate
 
-SPREAD_DECAY = 0.9
 ADAM_EPSILON = 1e-12
 """Only against division by zero: codes are integers, so a moment is zero or far above this."""
 
@@ -95,15 +94,16 @@ def _step(config: RunConfig, state: State, estimate: Estimate) -> tuple[State, F
     """Return the moved moments and the change of A at the estimate's indices, in weight units."""
     settings = config.optimizer
     rate = settings.learning_rate * schedules.factor(
-        settings.schedule, state.committed, config.run.rounds
+        settings.schedule, state.committed, config.run.rounds, settings.warmup_rounds
     )
     if settings.kind == "adam":
         return _adam(config, state, estimate, rate)
     at, values = estimate.indices, estimate.values
     first = state.first.copy()
     first[at] = settings.momentum * first[at] + values
-    spread = SPREAD_DECAY * state.spread + (1 - SPREAD_DECAY) * float(np.mean(values**2))
-    weight = SPREAD_DECAY * state.spread_weight + (1 - SPREAD_DECAY)
+    decay = settings.spread_decay
+    spread = decay * state.spread + (1 - decay) * _squared_spread(config, values)
+    weight = decay * state.spread_weight + (1 - decay)
     moved = replace(state, first=first, spread=spread, spread_weight=weight)
     if not settings.normalise:
         return moved, -rate / estimate.measured * first[at]
@@ -111,6 +111,16 @@ def _step(config: RunConfig, state: State, estimate: Estimate) -> tuple[State, F
         return moved, np.zeros_like(values)
     typical = np.sqrt(spread / weight)
     return moved, -rate / np.sqrt(estimate.measured) * first[at] / typical
+
+
+def _squared_spread(config: RunConfig, values: Floats) -> float:
+    """Mean square of the scalars; of one-sided ones about their mean (FZOO, Dang et al., 2025).
+
+    What the curvature adds to a one-sided scalar is nearly the same in all directions.
+    """
+    if config.estimator.kind == "one-sided" and len(values) > 1:
+        return float(np.var(values, ddof=1))
+    return float(np.mean(values**2))
 
 
 def _adam(config: RunConfig, state: State, estimate: Estimate, rate: float) -> tuple[State, Floats]:

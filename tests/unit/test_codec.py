@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 
 from lorand.codec import (
     LARGEST,
+    LOG8_LEVELS,
+    LOG8_TARGET_RMS,
     SCALE_EXPONENTS,
     TARGET_RMS,
     Codec,
     Codes,
+    DeltaCodec,
     Floats,
     decode,
     delta,
@@ -22,11 +25,13 @@ from lorand.codec import (
     num_bytes,
     pack,
     quantise_delta,
+    system_uniform,
     unpack,
 )
 from lorand.errors import ContributionError
 
-CODECS: Final[list[Codec]] = ["int8", "sign", "int32"]
+CODECS: Final[list[Codec]] = ["int8", "log8", "sign", "int32"]
+DOWN: Final[list[DeltaCodec]] = ["int8", "sign", "int32"]
 NUMERIC: Final[list[Codec]] = ["int8", "int32"]
 FINITE: Final = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -71,7 +76,9 @@ def test_wrong_lengths_are_refused(codec: Codec, wrong: int) -> None:
         unpack(codec, data, 9)
 
 
-@pytest.mark.parametrize(("codec", "unused"), [("int8", b"\x80"), ("int32", b"\0\0\0\x80")])
+@pytest.mark.parametrize(
+    ("codec", "unused"), [("int8", b"\x80"), ("log8", b"\x80"), ("int32", b"\0\0\0\x80")]
+)
 def test_the_code_without_a_negative_is_refused(codec: Codec, unused: bytes) -> None:
     """−128 and −2^31 are no codes: the range is symmetric."""
     with pytest.raises(ContributionError, match=f"is not an {codec} code"):
@@ -126,6 +133,47 @@ def test_any_finite_value_has_a_code(codec: Codec, values: list[float], scale: i
     assert unpack(codec, pack(codec, codes), len(codes)).tolist() == codes.tolist()
 
 
+def test_log8_levels_are_eighths_of_octaves() -> None:
+    """Each but the eighth below it exactly half; the largest is 1; 0 has a code of its own."""
+    assert LOG8_LEVELS[0] == 0
+    assert LOG8_LEVELS[127] == 1
+    assert (LOG8_LEVELS[9:] == 2 * LOG8_LEVELS[1:-8]).all()
+    np.testing.assert_allclose(LOG8_LEVELS[1:], 2.0 ** ((np.arange(1, 128) - 127) / 8), rtol=1e-11)
+
+
+@settings(deadline=None)
+@given(st.integers(-40, 40), st.lists(st.floats(-1, 1), min_size=1, max_size=20))
+def test_log8_keeps_magnitudes_to_four_and_a_half_percent(scale: int, shares: list[float]) -> None:
+    """Over sixteen octaves; below the smallest level the error is at most half of it."""
+    values = np.array(shares) * 2.0**scale
+    codes = encode("log8", values, scale)
+    decoded = decode("log8", codes, scale)
+    room = np.maximum(0.0434 * np.abs(values), LOG8_LEVELS[1] / 2 * 2.0**scale)
+    assert (np.abs(decoded - values) <= room).all()
+    assert encode("log8", decoded, scale).tolist() == codes.tolist()
+
+
+@pytest.mark.parametrize("codec", ["int8", "log8", "int32"])
+def test_unbiased_rounding_is_right_on_average(codec: Codec) -> None:
+    """Between two levels the mean is the value; on a level there is no chance."""
+    values = np.linspace(-0.9, 0.9, 37) * LARGEST["int8" if codec != "log8" else "sign"]
+    rng, rounds = np.random.default_rng(0), 4000
+    drawn = [decode(codec, encode(codec, values, 0, rng.random(37)), 0) for _ in range(rounds)]
+    spread = np.std(drawn, axis=0) / np.sqrt(rounds)
+    assert (np.abs(np.mean(drawn, axis=0) - values) <= 4.5 * spread + 1e-12).all()
+    for uniform in (np.zeros(37), np.full(37, 1 - 2.0**-53)):
+        exact = decode(codec, encode(codec, values, 0), 0)
+        assert decode(codec, encode(codec, exact, 0, uniform), 0).tolist() == exact.tolist()
+
+
+def test_the_systems_uniform_numbers() -> None:
+    numbers = system_uniform(4096)
+    assert numbers.shape == (4096,)
+    assert 0 <= numbers.min() < 0.01 < 0.99 < numbers.max() < 1
+    assert abs(float(numbers.mean()) - 0.5) < 0.03
+    assert system_uniform(8).tolist() != system_uniform(8).tolist()
+
+
 def test_sign_keeps_only_the_sign() -> None:
     """Zero, of either sign, counts as positive; the scale plays no part."""
     values = np.array([3.0, -1e-300, 0.0, -0.0, -7.0])
@@ -137,13 +185,24 @@ def test_sign_keeps_only_the_sign() -> None:
 # ------------------------------------------------------------- the public scale
 
 
-def scales_of_rounds(deviation: float, first: int, rounds: int = 40) -> list[int]:
-    """The scale exponents of int8 rounds whose scalars are normal with this deviation."""
+def scales_of_rounds(
+    deviation: float, first: int, rounds: int = 40, codec: Codec = "int8"
+) -> list[int]:
+    """The scale exponents of rounds whose scalars are normal with this deviation."""
     rng, scales = np.random.default_rng(0), [first]
     for _ in range(rounds):
-        codes = encode("int8", rng.normal(0, deviation, 256), scales[-1])
-        scales.append(next_scale_exponent("int8", scales[-1], codes))
+        codes = encode(codec, rng.normal(0, deviation, 256), scales[-1])
+        scales.append(next_scale_exponent(codec, scales[-1], codes))
     return scales
+
+
+@pytest.mark.parametrize("first", [SCALE_EXPONENTS[0], -20, 0, 20, SCALE_EXPONENTS[-1]])
+@pytest.mark.parametrize("deviation", [2.0**-20, 0.1, 1.0, 700.0])
+def test_the_scale_of_log8_finds_its_target_and_stays(deviation: float, first: int) -> None:
+    settled = scales_of_rounds(deviation, first, 60, "log8")[40:]
+    levels = [deviation / 2.0**scale for scale in settled]
+    assert all(LOG8_TARGET_RMS / 2 <= rms <= LOG8_TARGET_RMS * 2 for rms in levels)
+    assert max(settled) - min(settled) <= 1
 
 
 @pytest.mark.parametrize("first", [SCALE_EXPONENTS[0], -20, 0, 20, SCALE_EXPONENTS[-1]])
@@ -172,7 +231,7 @@ def test_the_scale_stays_in_its_range() -> None:
     assert next_scale_exponent("int8", high, np.full(8, 127)) == high
 
 
-def test_only_int8_adapts() -> None:
+def test_signs_and_wide_codes_do_not_adapt() -> None:
     for codec in ("sign", "int32"):
         first = first_scale_exponent(codec)
         assert next_scale_exponent(codec, first, np.ones(8, np.int64)) == first
@@ -183,9 +242,9 @@ def test_only_int8_adapts() -> None:
 
 
 @settings(deadline=None)
-@given(st.sampled_from(CODECS), st.integers(0, 2**32), st.integers(1, 100), st.integers(0, 36))
+@given(st.sampled_from(DOWN), st.integers(0, 2**32), st.integers(1, 100), st.integers(0, 36))
 def test_delta_is_what_was_wanted_but_for_the_feedback(
-    codec: Codec, seed: int, count: int, log2_magnitude: int
+    codec: DeltaCodec, seed: int, count: int, log2_magnitude: int
 ) -> None:
     """ΔA = scale · codes in integers; off by half a step (int8, int32), the caller's to keep."""
     rng = np.random.default_rng(seed)
@@ -210,15 +269,15 @@ def test_int32_loses_less_than_a_quantum() -> None:
     assert (scale, codes.tolist()) == (1, [2**31 - 1, -1234567, 0])
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_an_update_of_nothing_moves_nothing(codec: Codec) -> None:
+@pytest.mark.parametrize("codec", DOWN)
+def test_an_update_of_nothing_moves_nothing(codec: DeltaCodec) -> None:
     for wanted in (np.zeros(5), np.zeros(0), np.full(5, -0.3)):
         assert not delta(*quantise_delta(codec, wanted)).any()
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", DOWN)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_an_update_that_is_not_finite_is_refused(codec: Codec, bad: float) -> None:
+def test_an_update_that_is_not_finite_is_refused(codec: DeltaCodec, bad: float) -> None:
     with pytest.raises(ContributionError, match="not finite"):
         quantise_delta(codec, np.array([1.0, bad]))
 
@@ -233,7 +292,7 @@ def test_a_delta_that_could_overflow_is_refused(scale: int, code: int) -> None:
         delta(scale, np.array([1, code], np.int64))
 
 
-def feedback_norms(codec: Codec, updates: list[Floats]) -> tuple[list[float], Floats]:
+def feedback_norms(codec: DeltaCodec, updates: list[Floats]) -> tuple[list[float], Floats]:
     """Norms of the error feedback over many rounds, and Σ wanted − Σ ΔA at the end."""
     feedback, missing, norms = np.zeros_like(updates[0]), np.zeros_like(updates[0]), []
     for update in updates:

@@ -14,7 +14,7 @@ from lorand.config import ADDED_LATER, RunConfig, load
 from lorand.directions import pool_key
 from lorand.errors import ConfigError
 from lorand.manifest import Identity, Manifest, TensorSpec, run_digest
-from lorand.schedules import factor
+from lorand.schedules import Schedule, factor
 
 MINIMAL: Final = {
     "run": "name = 'sentiment'\nrounds = 40",
@@ -168,8 +168,18 @@ def test_the_perturbation_scale_is_a_whole_number_of_quanta() -> None:
 def test_schedules() -> None:
     """`linear` ends at 1/total, never at zero or below; `constant` stays."""
     assert [factor("linear", n, 5) for n in range(5)] == pytest.approx([1, 0.8, 0.6, 0.4, 0.2])
-    assert factor("linear", 9, 5) == 0
+    assert factor("linear", 9, 5) == factor("cosine", 9, 5) == 0
     assert {factor("constant", n, 5) for n in range(9)} == {1.0}
+    wave = [factor("cosine", n, 5) for n in range(5)]
+    assert wave == pytest.approx([1, 0.9045, 0.6545, 0.3455, 0.2], abs=1e-4)
+    assert all(value * 2**20 % 1 == 0 for value in wave[:4]), "alike on every machine"
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_warm_up_rises_to_one_and_the_rest_is_the_schedule(schedule: Schedule) -> None:
+    warm = [factor(schedule, n, 13, warmup=3) for n in range(13)]
+    assert warm[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert warm[3:] == [factor(schedule, n, 10) for n in range(10)]
 
 
 # ------------------------------------------------------------- what is refused, and how
@@ -198,16 +208,23 @@ WRONG: Final[list[tuple[str, str, str, str]]] = [
     ("directions", "pool_index = -1", "directions.pool_index", "greater than or equal to 0"),
     ("directions", "quantum_exponent = 49", "directions.quantum_exponent", "equal to 48"),
     ("directions", "family = 'random'", "directions.family", "should be 'hadamard' or"),
-    ("estimator", "kind = 'adamw'", "estimator.kind", "should be 'spsa' or 'backprop'"),
+    (
+        "estimator",
+        "kind = 'adamw'",
+        "estimator.kind",
+        "should be 'spsa', 'one-sided', ",
+    ),
     ("estimator", "perturbation_scale = 0", "estimator.perturbation_scale", "greater than 0"),
     ("estimator", "perturbation_scale = nan", "estimator.perturbation_scale", "finite number"),
     ("estimator", "perturbation_scale = 1e300", "estimator.perturbation_scale", "less than"),
     ("estimator", "perturbation_scale = 1e-12", "estimator.perturbation_scale", "raise one"),
     ("estimator", "directions_per_round = 5000", "estimator.directions_per_round", "pool_size"),
-    ("codec", "up = 'int4'", "codec.up", "should be 'int8', 'sign' or 'int32'"),
+    ("codec", "up = 'int4'", "codec.up", "should be 'int8', 'log8', 'sign' or"),
+    ("codec", "down = 'log8'", "codec.down", "should be 'int8', 'sign' or 'int32'"),
+    ("codec", "rounding = 'up'", "codec.rounding", "should be 'nearest' or 'unbiased'"),
     ("optimizer", "learning_rate = -1", "optimizer.learning_rate", "greater than 0"),
     ("optimizer", "beta1 = 1.0", "optimizer.beta1", "less than 1"),
-    ("optimizer", "schedule = 'cosine'", "optimizer.schedule", "should be 'linear' or"),
+    ("optimizer", "schedule = 'step'", "optimizer.schedule", "should be 'linear', 'cosine' or"),
     ("rounds", "quorum = 0", "rounds.quorum", "greater than or equal to 1"),
     ("rounds", "start_with = 2", "rounds.start_with", "must be 0 (= quorum) or at least"),
     ("rounds", "deadline_s = 0", "rounds.deadline_s", "greater than 0"),
@@ -245,8 +262,23 @@ def test_a_wrong_setting_is_named_with_what_to_do(
             "directions.family",
             'use "hadamard" above 4096',
         ),
+        (
+            {"codec": 'up = "sign"\nrounding = "unbiased"'},
+            "codec.up",
+            'set codec.rounding = "nearest"',
+        ),
+        (
+            {"run": "rounds = 5", "optimizer": "warmup_rounds = 5"},
+            "optimizer.warmup_rounds = 5",
+            "make it smaller",
+        ),
     ],
-    ids=["backprop with own directions", "a large independent pool"],
+    ids=[
+        "backprop with own directions",
+        "a large independent pool",
+        "unbiased signs",
+        "nothing but warm-up",
+    ],
 )
 def test_settings_that_do_not_go_together(
     sections: dict[str, str], field: str, remedy: str

@@ -129,6 +129,33 @@ def test_normalised_the_first_round_changes_a_weight_by_learning_rate(
     assert np.sqrt(np.sum(applied(update) ** 2)) == pytest.approx(rate, rel=1e-3)
 
 
+def test_a_spread_without_memory_is_that_of_the_round() -> None:
+    """FZOO: every round changes a weight by learning_rate, however large its scalars are."""
+    config = run_of({**SGD, "spread_decay": 0.0}, count=16)
+    draws, state = config.draws(RUN), optimizer.start(config)
+    for round_index, magnitude in enumerate((1.0, 100.0, 0.01), start=1):
+        values = scalars(round_index, 16) * magnitude
+        state, update = optimizer.advance(config, draws, state, round_index, {1: report(values)})
+        assert np.sqrt(np.sum(applied(update) ** 2)) == pytest.approx(0.01, rel=1e-2)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.floats(-50, 50), st.integers(0, 100))
+def test_one_sided_steps_are_divided_by_the_spread_about_the_mean(shift: float, seed: int) -> None:
+    """FZOO's σ: what curvature adds to all scalars alike does not make it larger."""
+    config = config_of(
+        optimizer={**SGD, "spread_decay": 0.0},
+        estimator={"kind": "one-sided", "directions_per_round": 16},
+        codec={"up": "int32", "down": "int32"},
+    )
+    values = scalars(seed, 16) + shift
+    _, update = optimizer.advance(
+        config, config.draws(RUN), optimizer.start(config), 1, {1: report(values)}
+    )
+    expected = -0.01 / np.sqrt(16) * values / np.std(values, ddof=1)
+    assert applied(update) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
 def test_normalised_own_directions_divide_by_all_that_was_measured() -> None:
     """Two workers measured 40 scalars, at fewer directions: some were drawn twice."""
     config = run_of(SGD, count=20, directions={"mode": "own"})

@@ -1,5 +1,7 @@
 """A worker's part in the protocol: entries in, contributions out (DESIGN §3)."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from tests.runs import IDENTITY, config_of, hello, history
@@ -66,6 +68,21 @@ def test_a_contribution_is_the_codes_of_what_was_measured() -> None:
     drawn = participant.position.draws.of(1, 1)
     assert [indices.tolist() for indices in bench.measured] == [drawn.tolist()]
     assert (participant.counts.measured, participant.last_loss) == (1, 0.5)
+
+
+def test_unbiased_rounding_takes_the_chance_it_is_given() -> None:
+    """Scalars between two codes go to either; by default the operating system decides."""
+    config = config_of(codec={"rounding": "unbiased"})
+    values = np.array([0.5, -0.5, 0.0]) * 2.0**-6
+    codes = []
+    for uniform in (0.0, 0.75):
+        draw = partial(np.full, fill_value=uniform)
+        participant = Participant(ledger.origin(config, IDENTITY), Stand(values), draw)
+        participant.worker = 1
+        start = wire.RoundStart(round_index=1, scale_exponent=-6)
+        sent = participant.on_round_start(start).contribution.codes
+        codes.append(codec.unpack("int8", sent, 3).tolist())
+    assert codes == [[1, 0, 0], [0, -1, 0]]
 
 
 def test_only_what_the_run_asks_for_is_sent_with_it() -> None:
