@@ -6,7 +6,6 @@ import logging
 import signal
 import sys
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +21,7 @@ from lorand.errors import ConfigError, ConnectionLost, LedgerError, LorandError
 from lorand.manifest import Identity
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
-from lorand_coordinator import show
+from lorand_coordinator import presets, show
 from lorand_coordinator.hub import Hub
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.service import serve as serve_hub
@@ -54,14 +53,17 @@ def out(text: str) -> None:
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("run.toml"),
+    preset: Annotated[
+        str, typer.Option(help=f"Settings of a method: {', '.join(sorted(presets.PRESETS))}.")
+    ] = "",
     force: Annotated[bool, typer.Option(help="Overwrite an existing file.")] = False,
 ) -> None:
     """Write a commented run file to edit."""
+    text = presets.render(preset)
     if path.exists() and not force:
         raise ConfigError(f"{path} exists; choose another name, or overwrite it with --force")
-    template = resources.files("lorand_coordinator").joinpath("run_template.toml")
     try:
-        path.write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error}") from error
     out(f"wrote {path}; next: lr-worker prepare {path}, then lr-coordinator serve {path}")
