@@ -75,7 +75,7 @@ class Spsa:
 class OneSided:
     """One-point estimate: g_k = (L(w(A + c e_k)) − L(w(A))) / μ, c = μ/u.
 
-    FZOO, Dang et al., 2025, eq. 3: n directions cost n + 1 forward passes on the same batch. With
+    FZOO, arXiv 2506.09034: n directions cost n + 1 forward passes on the same batch. With
     `optimizer.spread_decay = 0` the coordinator divides a step by the spread of the round's
     scalars, as FZOO does. The reported loss is that of w(A).
     """

@@ -33,6 +33,7 @@ ADDED_LATER: Final[dict[str, dict[str, object]]] = {
     "model": {"quantisation": "none"},
     "codec": {"rounding": "nearest"},
     "optimizer": {"warmup_rounds": 0, "spread_decay": 0.9},
+    "rounds": {"aggregation": "mean"},
 }
 """Settings that the first runs did not have: at these values they are not part of the identity."""
 
@@ -140,6 +141,7 @@ class RoundsSection(_Section):
     start_with: Annotated[int, Field(ge=0, le=100_000)] = 0
     deadline_s: Positive = 60.0
     weighting: Literal["equal", "examples"] = "equal"
+    aggregation: Literal["mean", "majority"] = "mean"
     telemetry: Literal["loss", "none"] = "loss"
 
 
@@ -198,6 +200,11 @@ class RunConfig(_Section):
             raise ValueError(
                 f"optimizer.warmup_rounds = {self.optimizer.warmup_rounds} leaves nothing of "
                 f"{self.run.rounds} rounds; make it smaller"
+            )
+        if self.rounds.aggregation == "majority" and self.directions.mode == "own":
+            raise ValueError(
+                'rounds.aggregation = "majority" votes on directions that all measured: set '
+                'directions.mode = "shared"'
             )
         if 0 < self.rounds.start_with < self.rounds.quorum:
             raise ValueError("rounds.start_with must be 0 (= quorum) or at least rounds.quorum")

@@ -47,8 +47,10 @@ def aggregate(
 ) -> Estimate:
     """Return the mean over participants (equal, or by examples) of their decoded scalars.
 
-    With own directions a participant's scalars stand at its own indices; where two participants
-    drew the same one, their scalars add. The result does not depend on the order of arrival.
+    With `majority` it is the sign that outweighs the other, 0 where none does (FeedSign, arXiv
+    2501.17610): a participant moves a direction by its vote at most. With own directions a
+    participant's scalars stand at its own indices; where two participants drew the same one, their
+    scalars add. The result does not depend on the order of arrival.
     """
     if not reports:
         raise ContributionError("a round without contributions cannot be aggregated")
@@ -60,6 +62,11 @@ def aggregate(
     ]
     indices = draws.committed(round_index, workers)
     if config.directions.mode == "shared":
+        if config.rounds.aggregation == "majority":
+            decoded = [
+                weight * np.sign(part) for weight, part in zip(weights, decoded, strict=True)
+            ]
+            return Estimate(indices, np.sign(np.sum(decoded, axis=0)), len(indices))
         mean = np.sum(decoded, axis=0) / len(workers)
         return Estimate(indices, mean, len(indices))
     place = {index: position for position, index in enumerate(indices.tolist())}

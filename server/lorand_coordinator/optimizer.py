@@ -114,7 +114,7 @@ def _step(config: RunConfig, state: State, estimate: Estimate) -> tuple[State, F
 
 
 def _squared_spread(config: RunConfig, values: Floats) -> float:
-    """Mean square of the scalars; of one-sided ones about their mean (FZOO, Dang et al., 2025).
+    """Mean square of the scalars; of one-sided ones about their mean (FZOO, arXiv 2506.09034).
 
     What the curvature adds to a one-sided scalar is nearly the same in all directions.
     """

@@ -46,9 +46,28 @@ PRESETS: Final = {
             "optimizer": {"learning_rate": 1e-6, "normalise": False, "schedule": "constant"},
         },
     ),
+    "feedsign": Preset(
+        "FeedSign: Robust Full-parameter Federated Fine-tuning of Large Models with Extremely Low "
+        "Communication Overhead of One Bit, arXiv 2501.17610",
+        "directions are ±1 from a pool of 4,096, not Gaussian and new every step",
+        {
+            "run": {"rounds": 20000},
+            "model": {"trainable": "all"},
+            "directions": {"head_scale": 1.0},
+            "estimator": {
+                "kind": "spsa",
+                "batch_size": 16,
+                "perturbation_scale": 0.001,
+                "directions_per_round": 1,
+            },
+            "codec": {"up": "sign", "down": "sign"},
+            "optimizer": {"learning_rate": 1e-6, "normalise": False, "schedule": "constant"},
+            "rounds": {"aggregation": "majority"},
+        },
+    ),
     "fzoo": Preset(
-        "FZOO: Dang et al., Fast Zeroth-Order Optimizer for Fine-Tuning Large Language Models "
-        "towards Adam-Scale Speed, 2025",
+        "FZOO: Fast Zeroth-Order Optimizer for Fine-Tuning Large Language Models towards "
+        "Adam-Scale Speed, arXiv 2506.09034",
         "the workers' mean takes the place of one machine's losses; learning_rate is the change of "
         "a weight in a round, the paper's times the root of the number of directions",
         {

@@ -62,6 +62,23 @@ def test_the_estimate_is_the_mean_at_the_rounds_directions() -> None:
     assert estimate.measured == 3
 
 
+@pytest.mark.parametrize("up", ["sign", "int8"])
+def test_a_majority_moves_by_its_sign_alone(up: str) -> None:
+    """However large a participant's scalars are, it has one vote; a tie moves nothing."""
+    codes = {1: [1, -1, 1], 2: [1, -1, -1], 9: [-1, -1, 1], 10: [1, 1, -1]}
+    loud = 100 if up == "int8" else 1
+    reports = {w: Report(np.array(c) * (loud if w == 9 else 1)) for w, c in codes.items()}
+    config = config_of(codec={"up": up}, rounds={"aggregation": "majority"})
+    estimate = aggregate(config, draws_of("shared"), 5, SCALE, reports)
+    assert estimate.values.tolist() == [1, -1, 0]
+    weighted = config_of(
+        codec={"up": up}, rounds={"aggregation": "majority", "weighting": "examples"}
+    )
+    counted = {w: Report(report.codes, 97 if w == 9 else 1) for w, report in reports.items()}
+    estimate = aggregate(weighted, draws_of("shared"), 5, SCALE, counted)
+    assert estimate.values.tolist() == [-1, -1, 1]
+
+
 def test_by_examples_is_the_mean_over_examples() -> None:
     """Federated averaging: as if every example had been measured at one place."""
     reports = reports_of([1, 2, 9], [1, 10, 989])

@@ -272,12 +272,18 @@ def test_a_wrong_setting_is_named_with_what_to_do(
             "optimizer.warmup_rounds = 5",
             "make it smaller",
         ),
+        (
+            {"rounds": 'aggregation = "majority"', "directions": 'mode = "own"'},
+            "rounds.aggregation",
+            'directions.mode = "shared"',
+        ),
     ],
     ids=[
         "backprop with own directions",
         "a large independent pool",
         "unbiased signs",
         "nothing but warm-up",
+        "a majority on directions of one's own",
     ],
 )
 def test_settings_that_do_not_go_together(

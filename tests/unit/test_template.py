@@ -56,7 +56,9 @@ def test_a_preset_is_the_template_with_its_own_settings(tmp_path: Path, name: st
 def test_an_unknown_preset_is_refused_with_those_there_are(tmp_path: Path) -> None:
     result = CliRunner().invoke(coordinator.app, ["init", str(tmp_path / "a"), "--preset", "sgd"])
     assert isinstance(result.exception, ConfigError)
-    assert "there is no preset 'sgd'; there are fzoo, lorand-fo" in str(result.exception)
+    assert f"there is no preset 'sgd'; there are {', '.join(sorted(PRESETS))}" in str(
+        result.exception
+    )
     assert not (tmp_path / "a").exists()
 
 
