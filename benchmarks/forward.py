@@ -7,7 +7,7 @@ process, medians of nine. Needs the data sets of experiments.federation.
 
     python -m benchmarks.forward --json --seeds 3 > benchmarks/results/forward.json
 
-About fifteen minutes; without --seeds six.
+About half an hour; without --seeds fifteen minutes.
 """
 
 import contextlib
