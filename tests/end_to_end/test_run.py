@@ -17,6 +17,7 @@ from lorand import adapter, ledger
 from lorand.coefficients import zeros
 from lorand.replica import tensor_bytes
 from lorand.v1 import ledger_pb2 as pb
+from lorand_coordinator.presets import PRESETS
 from lorand_worker.link import Link
 
 QUICK: dict[str, dict[str, Any]] = {
@@ -124,6 +125,36 @@ def test_late_or_early_everyone_ends_with_the_same_bits(
         assert posted[0].loss == pytest.approx(np.log(2), abs=1e-6), "a new head knows nothing"
         assert posted[-1].accuracy >= 0.7, "it learned"
         assert posted[-1].loss < 0.6
+
+
+def preset_settings(name: str) -> tiny.Settings:
+    """A preset on the tiny model: fewer rounds, a smaller pool."""
+    changes = {section: dict(values) for section, values in PRESETS[name].settings.items()}
+    kind = changes.get("estimator", {}).get("kind", "spsa")
+    changes["run"] = {"name": f"preset-{name}", "rounds": 10}
+    changes["model"] = {"trainable": "last:1"}
+    changes.setdefault("directions", {})["pool_size"] = 256
+    changes.setdefault("estimator", {})["batch_size"] = 8
+    changes["rounds"] = changes.get("rounds", {}) | {"quorum": 2, "start_with": 2}
+    changes["rounds"]["deadline_s"] = 60.0  # one round waits for the late worker
+    return tiny.settings(kind, **changes)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_late_in_a_run_of_a_preset(make_room: MakeRoom, name: str) -> None:
+    """Whatever the method is, a worker that joins in the middle ends with everybody's bits."""
+    room = make_room(preset_settings(name)).lock()
+    with room.coordinator() as (_, address):
+        first, second, third = tiny.DOMAINS
+        workers = [room.join(address, domain) for domain in (first, second)]
+        wait_for(lambda: committed(address) >= 3, "the run moves")
+        workers[0].signal(signal.SIGSTOP)
+        late = room.join(address, "late", data=third)
+        wait_for(lambda: connected(address, "late"), "the late worker joins")
+        workers[0].signal(signal.SIGCONT)
+        results = [worker.result() for worker in (*workers, late)]
+    assert results[-1]["contributions"] >= 1
+    assert_same_bits(room, results)
 
 
 def connected(address: str, name: str) -> bool:
