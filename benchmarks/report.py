@@ -85,7 +85,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TIMES, SHARE, PERCENT = "{:,.0f} × faster", "{:.2f} ×", "+{:.1%}"
+TIMES, SHARE, PERCENT = "{:,.0f} × faster", "{:.2f} ×", "{:+.1%}"
 ROWS = [
     ("perturb float32, against peers", "perturb_f32_vs_peer", TIMES),
     ("perturb bfloat16, against peers", "perturb_bf16_vs_peer", TIMES),
