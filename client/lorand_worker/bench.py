@@ -50,6 +50,8 @@ def load_base(
     activations, as they always do layerwise.
     """
     device = parse_device(device_name)
+    if config.estimator.kind == "forward" and weights == Weights.AUTO:
+        weights = Weights.COPY  # it differentiates along whole weights
     loaded = model.load(config.model, len(config.task.labels), source)
     loaded = replace(loaded, stored={name: q.on(device) for name, q in loaded.stored.items()})
     identity = model.identity(loaded, config)

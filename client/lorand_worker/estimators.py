@@ -44,18 +44,22 @@ class Estimator(Protocol):
         """Return the projected gradients along `indices`. Raises NonFiniteLoss."""
 
 
-class Spsa:
-    """Two-point estimate: g_k = (L(w(A + c e_k)) − L(w(A − c e_k))) / 2μ, c = μ/u.
-
-    Spall, IEEE TAC 37(3), 1992, eq. 2.2; MeZO, Malladi et al., NeurIPS 2023, definition 1. Two
-    forward passes a scalar on the same batch. The reported loss is the mean over all of them.
-    """
+class _ByLosses:
+    """What estimators have in common that move the weights and compare losses."""
 
     def __init__(self, replica: Replica, config: RunConfig) -> None:
         """Take the perturbation scale from the run."""
         self._replica = replica
         self._quanta = config.perturbation_quanta
         self._scale = self._quanta * 2.0**-config.directions.quantum_exponent
+
+
+class Spsa(_ByLosses):
+    """Two-point estimate: g_k = (L(w(A + c e_k)) − L(w(A − c e_k))) / 2μ, c = μ/u.
+
+    Spall, IEEE TAC 37(3), 1992, eq. 2.2; MeZO, Malladi et al., NeurIPS 2023, definition 1. Two
+    forward passes a scalar on the same batch. The reported loss is the mean over all of them.
+    """
 
     @torch.no_grad()
     def measure(self, loss: Loss, batch: Sequence[int], indices: Indices) -> Measurement:
@@ -72,19 +76,13 @@ class Spsa:
         return Measurement(values, total / (2 * len(indices)))
 
 
-class OneSided:
+class OneSided(_ByLosses):
     """One-point estimate: g_k = (L(w(A + c e_k)) − L(w(A))) / μ, c = μ/u.
 
     FZOO, arXiv 2506.09034: n directions cost n + 1 forward passes on the same batch. With
     `optimizer.spread_decay = 0` the coordinator divides a step by the spread of the round's
     scalars, as FZOO does. The reported loss is that of w(A).
     """
-
-    def __init__(self, replica: Replica, config: RunConfig) -> None:
-        """Take the perturbation scale from the run."""
-        self._replica = replica
-        self._quanta = config.perturbation_quanta
-        self._scale = self._quanta * 2.0**-config.directions.quantum_exponent
 
     @torch.no_grad()
     def measure(self, loss: Loss, batch: Sequence[int], indices: Indices) -> Measurement:
@@ -112,8 +110,8 @@ class ForwardGradient:
         """
         if not isinstance(replica, CopyReplica):
             raise ConfigError(
-                'estimator "forward" differentiates along whole weights: join with --weights copy, '
-                'on a model that is not quantised, or use the estimator "spsa"'
+                'estimator "forward" differentiates along whole weights: join with --weights '
+                'copy, or start a run with the estimator "spsa"'
             )
         with warnings.catch_warnings():  # torch 2.13's own rules use what it has deprecated
             warnings.simplefilter("ignore", DeprecationWarning)

@@ -25,6 +25,21 @@ class Preset:
     settings: Settings
 
 
+_ALL_ALIKE: Final[Settings] = {
+    "model": {"trainable": "all"},
+    "directions": {"head_scale": 1.0},
+}
+_TWO_LOSSES_A_ROUND: Final[Settings] = {
+    **_ALL_ALIKE,
+    "run": {"rounds": 20000},
+    "estimator": {
+        "kind": "spsa",
+        "batch_size": 16,
+        "perturbation_scale": 0.001,
+        "directions_per_round": 1,
+    },
+    "optimizer": {"learning_rate": 1e-6, "normalise": False, "schedule": "constant"},
+}
 _SCALARS_AS_MEASURED: Final = {"up": "int32", "down": "int32"}
 
 PRESETS: Final = {
@@ -32,36 +47,15 @@ PRESETS: Final = {
         "MeZO: Malladi et al., Fine-Tuning Language Models with Just Forward Passes, NeurIPS 2023",
         "directions are ±1 from a pool of 4,096, not Gaussian and new every step; a step is the "
         "mean over the workers; weights are never restored by subtraction",
-        {
-            "run": {"rounds": 20000},
-            "model": {"trainable": "all"},
-            "directions": {"head_scale": 1.0},
-            "estimator": {
-                "kind": "spsa",
-                "batch_size": 16,
-                "perturbation_scale": 0.001,
-                "directions_per_round": 1,
-            },
-            "codec": _SCALARS_AS_MEASURED,
-            "optimizer": {"learning_rate": 1e-6, "normalise": False, "schedule": "constant"},
-        },
+        {**_TWO_LOSSES_A_ROUND, "codec": _SCALARS_AS_MEASURED},
     ),
     "feedsign": Preset(
         "FeedSign: Robust Full-parameter Federated Fine-tuning of Large Models with Extremely Low "
         "Communication Overhead of One Bit, arXiv 2501.17610",
         "directions are ±1 from a pool of 4,096, not Gaussian and new every step",
         {
-            "run": {"rounds": 20000},
-            "model": {"trainable": "all"},
-            "directions": {"head_scale": 1.0},
-            "estimator": {
-                "kind": "spsa",
-                "batch_size": 16,
-                "perturbation_scale": 0.001,
-                "directions_per_round": 1,
-            },
+            **_TWO_LOSSES_A_ROUND,
             "codec": {"up": "sign", "down": "sign"},
-            "optimizer": {"learning_rate": 1e-6, "normalise": False, "schedule": "constant"},
             "rounds": {"aggregation": "majority"},
         },
     ),
@@ -71,8 +65,7 @@ PRESETS: Final = {
         "the workers' mean takes the place of one machine's losses; learning_rate is the change of "
         "a weight in a round, the paper's times the root of the number of directions",
         {
-            "model": {"trainable": "all"},
-            "directions": {"head_scale": 1.0},
+            **_ALL_ALIKE,
             "estimator": {
                 "kind": "one-sided",
                 "batch_size": 16,

@@ -211,7 +211,7 @@ def test_each_direction_is_measured_from_the_base(tiny_model: Path, kind: Estima
 
 
 def test_forward_gradients_need_whole_weights(tiny_model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--weights copy.*or use the estimator"):
+    with pytest.raises(ConfigError, match=r"--weights copy, or start a run with"):
         Made(tiny_model, "forward", "last:1", Weights.LAYERWISE)
 
 
