@@ -49,7 +49,6 @@ def _loop(dtype: Any) -> Any:
 
 def touch(memory: torch.Tensor) -> None:
     """Read and write a vector of float32 or bfloat16 weights, a multiple of 4,096 of them."""
-    job = np.zeros(1, _TOUCH)
-    job["weights"] = memory.data_ptr()
+    job = jobs.Job(_TOUCH, weights=memory)
     loop = _loop(np.float32 if memory.dtype == torch.float32 else np.uint16)
     jobs.run(loop, job, memory.numel() // _STEP, torch.get_num_threads())

@@ -11,15 +11,12 @@ from tests.commands import MakeRoom, Nursery
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Small tensors; on a busy machine, threads that wait for each other cost a minute."""
-    import numba
     import torch
 
-    before = numba.get_num_threads(), torch.get_num_threads()
-    numba.set_num_threads(1)
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    numba.set_num_threads(before[0])
-    torch.set_num_threads(before[1])
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -96,15 +96,6 @@ class Replica(ABC):
             total.update(tensor_bytes(tensor))
         return total.digest()
 
-    def direction(self, index: int) -> dict[str, torch.Tensor]:
-        """Return z_index · 2^s of each tensor by name: ±2^s in its shape, dtype and device."""
-        one = zeros(self.pool.size)
-        one[index] = 1 << self.pool.quantum_exponent
-        made = {name: torch.zeros_like(tensor) for name, tensor in self.weights()}
-        targets = [self._target(name, tensor, tensor) for name, tensor in made.items()]
-        self._displacement(one).write(targets)
-        return made
-
     def project(self, name: str, gradient: torch.Tensor, shares: torch.Tensor) -> None:
         """Add one tensor's share of Zᵀg to `shares`, shape (K,), by bucket (hadamard) or by seed.
 
@@ -182,6 +173,15 @@ class CopyReplica(Replica):
         """The model's own tensors, settled, by name."""
         self.settle()
         return self._live
+
+    def direction(self, index: int) -> dict[str, torch.Tensor]:
+        """Return z_index · 2^s of each tensor by name: ±2^s in its shape, dtype and device."""
+        one = zeros(self.pool.size)
+        one[index] = 1 << self.pool.quantum_exponent
+        made = {name: torch.zeros_like(tensor) for name, tensor in self._live.items()}
+        targets = [self._target(name, tensor, tensor) for name, tensor in made.items()]
+        self._displacement(one).write(targets)
+        return made
 
     def settle(self) -> None:
         """See Replica: one pass over the weights, whatever K is, or none."""

@@ -87,6 +87,8 @@ def _compiled() -> Callable[[Any], None] | None:
         from lorand.kernels import butterflies
     except ImportError:  # numba is optional
         return None
+    if not butterflies.compiled_before():
+        log.info("compiling the transform: some seconds, once on this machine")
     for dtype, size in product((np.int64, np.float64), (COMPILED, 1 << 16)):
         values = (np.arange(size) * 37 % 1009).astype(dtype)
         expected = values.copy()

@@ -7,7 +7,6 @@ with the library there. A new backend joins the suite by joining `kernel_cases.B
 
 from functools import cache
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -19,7 +18,6 @@ from tests.contracts.kernel_cases import (
     LOOKED_AT,
     QUANTUM_EXPONENT,
     SCALE_EXPONENTS,
-    SEEDS,
     SHAPES,
     SIZES,
     awkward,
@@ -31,15 +29,12 @@ from tests.contracts.kernel_cases import (
     looked_at,
     materialised,
     placed,
-    projected,
     random_coefficients,
     random_table,
     sign,
 )
 
 from lorand.kernels import Backend, Place, reference
-from lorand.kernels.cpu import CpuBackend
-from lorand.kernels.reference import ReferenceBackend
 from lorand.transform import fwht, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -209,25 +204,6 @@ def test_a_sum_rounds_as_torch_casts(backend: Backend, narrow: torch.dtype) -> N
     live = placed(backend, base)
     out = materialised(backend, live, padded, torch.empty_like(live))
     assert torch.equal(bits(out), bits(wide.to(narrow)))
-
-
-@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one core")
-def test_one_and_two_threads_give_the_same_bits(dtype: torch.dtype) -> None:
-    """Invariant 4: the number of threads cannot be seen in the weights (in scalars it may)."""
-    base, gradient = awkward((70001,), dtype), gradient_of(70001, dtype)
-    expected = projected(ReferenceBackend(), gradient, 4096)
-    results = []
-    for threads in (1, 2):
-        numba.set_num_threads(threads)
-        torch.set_num_threads(threads)
-        sums = projected(CpuBackend(), gradient, 4096)
-        np.testing.assert_allclose(sums, expected, rtol=0, atol=1e-9)
-        pooled = materialised(CpuBackend(), base, random_table(4096, 0), torch.empty_like(base))
-        amounts, seeded = np.array([2**40 + 1, -3, 77], np.int64), torch.empty_like(base)
-        CpuBackend().materialise_independent(base, SEEDS, amounts, seeded, tid=9, exponent=-42)
-        results.append((bits(pooled), bits(seeded)))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
 
 
 # ------------------------------------------------------------- many tensors at once

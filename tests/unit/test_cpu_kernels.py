@@ -26,6 +26,8 @@ from lorand.transform import Table, fwht, table
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
+SEEDS = [(7, 1), (0xFFFFFFFF, 0), (3, 4)]
+AMOUNTS = np.array([2**40 + 1, -3, 77])
 
 # ------------------------------------------------------------- vector instructions
 
@@ -164,9 +166,11 @@ def test_threads_leave_no_mark(
         monkeypatch.setattr(cpu, "STREAM_BYTES", stream)
         out = torch.empty_like(base)
         CpuBackend().materialise(base, values, out, key=(5, 6), tid=2)
+        seeded = torch.empty_like(base)
+        CpuBackend().materialise_independent(base, SEEDS, AMOUNTS, seeded, tid=9, exponent=-42)
         sums = zero_sums(size, CPU)
         CpuBackend().project(base, sums, key=(5, 6), tid=2)
-        results.append((bytes(tensor_bytes(out)), sums))
+        results.append((bytes(tensor_bytes(out)) + bytes(tensor_bytes(seeded)), sums))
     for made, sums in results[1:]:
         assert made == results[0][0]
         np.testing.assert_allclose(sums, results[0][1], rtol=0, atol=1e-9)

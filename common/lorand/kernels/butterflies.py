@@ -106,12 +106,16 @@ def _loops(dtype: Any) -> Any:
     return rows, strips
 
 
+def compiled_before() -> bool:
+    """Whether the loops, compiled by an earlier process, are at hand."""
+    return jobs.compiled_before("butterflies")
+
+
 def transform(values: Any) -> None:
     """Replace int64 or float64 values, shape (K,), by H·values."""
     size = values.shape[0]
     rows, strips = _loops(values.dtype.type)
     passes = [(rows, max(1, size // ROW))] + [(strips, ROW // STRIP)] * (size > ROW)
     for loop, steps in passes:
-        job = np.zeros(1, _JOB)
-        job["values"], job["size"] = values.ctypes.data, size
+        job = jobs.Job(_JOB, values=values, size=size)
         jobs.run(loop, job, steps, jobs.threads_for(size))

@@ -27,9 +27,9 @@ PROJECT_BY_CHUNK: Final = 1 << 16
 """The same for bucket sums in float64; threads then need no sums of their own."""
 STREAM_BYTES: Final = 1 << 20
 """Size from which weights are written past the cache: they would not stay in it anyway."""
-LIMB: Final = 1 << 28
-
 _LIMB_BITS: Final = 28
+LIMB: Final = 1 << _LIMB_BITS
+
 _SIGNS: Final = 1 - 2 * (np.arange(16) >> np.arange(4).reshape(4, 1) & 1)
 _BITS: Final = {
     torch.float32: np.float32,
@@ -39,7 +39,7 @@ _BITS: Final = {
 """How weights are named to the compiled code (`simd`)."""
 
 
-_trust = Trust("CPU", loops.compiled_before)
+_trust = Trust("CPU", lambda: jobs.compiled_before("loops"))
 
 
 class CpuBackend(ReferenceBackend):
@@ -78,7 +78,7 @@ class CpuBackend(ReferenceBackend):
         at, size = [table.ctypes.data for table in values], values[0].size
         chunk = CHUNK if size >= MATERIALISE_BY_CHUNK else 0
         counts = [base.numel() for base in bases]
-        job = _Job(
+        job = jobs.Job(
             loops.MATERIALISE,
             tensors=len(places),
             bases=np.array([base.data_ptr() for base in bases], np.int64),
@@ -94,7 +94,7 @@ class CpuBackend(ReferenceBackend):
             paired=dtype == torch.bfloat16,
         )
         steps = sum(tiles.walk.py_func(count, size, chunk)[2] for count in counts)
-        jobs.run(loops.materialise(_BITS[dtype]), job.record, steps, jobs.threads_for(sum(counts)))
+        jobs.run(loops.materialise(_BITS[dtype]), job, steps, jobs.threads_for(sum(counts)))
         for place, out in zip(places, outs, strict=True):
             if out is not place.out:
                 place.out.detach().copy_(out)
@@ -120,7 +120,7 @@ class CpuBackend(ReferenceBackend):
         run, blocks, steps = tiles.walk.py_func(source.numel(), size, chunk)
         apart = threads == 1 or run > 0 or source.numel() <= size  # no bucket is in two parts
         total = sums if apart else sums.new_zeros(threads, size)
-        job = _Job(
+        job = jobs.Job(
             loops.PROJECT,
             gradient=source,
             count=source.numel(),
@@ -135,7 +135,7 @@ class CpuBackend(ReferenceBackend):
             k1=key[1],
         )
         loop = loops.project(_BITS[source.dtype])
-        jobs.run(loop, job.record, steps, threads, multiple=blocks * run or 1)
+        jobs.run(loop, job, steps, threads, multiple=blocks * run or 1)
         if not apart:
             sums += total.sum(0)
 
@@ -161,7 +161,7 @@ class CpuBackend(ReferenceBackend):
             return
         source, target = _in_order(base), _in_order(out)
         seeds, tables, moved = _grouped(tuple(keys), coefficients.astype(np.int64).tobytes())
-        job = _Job(
+        job = jobs.Job(
             loops.INDEPENDENT,
             base=source,
             out=target,
@@ -174,7 +174,7 @@ class CpuBackend(ReferenceBackend):
             tid=tid,
         )
         steps, threads = -(-source.numel() // tiles.TILE), jobs.threads_for(source.numel())
-        jobs.run(loops.independent(_BITS[source.dtype]), job.record, steps, threads)
+        jobs.run(loops.independent(_BITS[source.dtype]), job, steps, threads)
         if target is not out:
             out.detach().copy_(target)
 
@@ -193,7 +193,7 @@ class CpuBackend(ReferenceBackend):
             super().project_independent(gradient, keys, sums, tid=tid, factor=factor)
             return
         source = _in_order(gradient)
-        job = _Job(
+        job = jobs.Job(
             loops.PROJECT_INDEPENDENT,
             gradient=source,
             count=source.numel(),
@@ -204,7 +204,7 @@ class CpuBackend(ReferenceBackend):
             tid=tid,
         )
         loop, threads = loops.project_independent(_BITS[source.dtype]), torch.get_num_threads()
-        jobs.run(loop, job.record, len(keys), threads)
+        jobs.run(loop, job, len(keys), threads)
 
     def _trusted(self, family: str, tensor: torch.Tensor) -> bool:
         return _trust.of(self, family, tensor.dtype, tensor.device)
@@ -243,23 +243,6 @@ def _grouped(
     if shift == _LIMB_BITS and np.count_nonzero(moved >= 0) == 1:
         moved[:] = -1  # int32 holds every total
     return seeds, tables.reshape(-1).astype(np.int32), moved
-
-
-class _Job:
-    """A job's record, and the arrays and tensors whose addresses it holds."""
-
-    def __init__(self, layout: np.dtype[Any], **columns: Any) -> None:
-        self._kept = columns
-        assert layout.names == (*jobs.COLUMNS, *columns), "columns in the layout's order"
-        values = (_address(value) for value in columns.values())
-        self.record = np.array([(0,) * len(jobs.COLUMNS) + tuple(values)], layout)
-
-
-def _address(value: Any) -> Any:
-    """Where an array or a tensor is; a number stays what it is."""
-    if isinstance(value, torch.Tensor):
-        return value.data_ptr()
-    return value.ctypes.data if isinstance(value, np.ndarray) else value
 
 
 def _in_order(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,6 @@ from typing import Any, Final
 import numpy as np
 import torch
 from numba import njit, types
-from numpy.typing import NDArray
 
 from lorand.kernels.simd import take
 
@@ -28,9 +27,6 @@ SIGNATURE: Final = types.void(types.int64)
 """Of a compiled loop (`numba.cfunc`): it gets the address of its job."""
 COLUMNS: Final = ("taken", "entered", "parts", "units", "multiple")
 """What every job begins with: counters that threads add to, and how its steps are cut."""
-
-Job = NDArray[Any]
-"""One record, shape (1,)."""
 
 
 def layout(**columns: type) -> np.dtype[Any]:
@@ -54,17 +50,45 @@ def next_part(address: Any, job: Any) -> Any:
     return first * job.multiple, job.units * (part + 1) // job.parts * job.multiple
 
 
+@njit(cache=True)
+def _never_called() -> None: ...
+
+
+def compiled_before(module: str) -> bool:
+    """Whether a module's loops, compiled by an earlier process, are at hand."""
+    return any(Path(_never_called.stats.cache_path).glob(f"{module}.*.nbi"))
+
+
 def threads_for(count: int) -> int:
     """Return how many threads work on so many numbers; never more than torch may use."""
     threads = torch.get_num_threads()
     return 1 if threads == 1 or count < PARALLEL else threads
 
 
+class Job:
+    """A job's record, and the arrays and tensors whose addresses it holds."""
+
+    def __init__(self, layout: np.dtype[Any], **columns: Any) -> None:
+        """Take the columns in the layout's order: numbers, and what has an address."""
+        self._kept = columns
+        assert layout.names == (*COLUMNS, *columns), "columns in the layout's order"
+        values = (_address(value) for value in columns.values())
+        self.record = np.array([(0,) * len(COLUMNS) + tuple(values)], layout)
+
+
+def _address(value: Any) -> Any:
+    """Where an array or a tensor is; a number stays what it is."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    return value.ctypes.data if isinstance(value, np.ndarray) else value
+
+
 def run(loop: Any, job: Job, steps: int, threads: int, multiple: int = 1) -> None:
     """Run a compiled loop over steps 0 … steps, in parts that begin at multiples of `multiple`."""
     parts = 1 if threads == 1 else PARTS * threads
-    job["parts"], job["units"], job["multiple"] = parts, steps // multiple, multiple
-    address, openmp = job.ctypes.data, _openmp() if threads > 1 else None
+    record = job.record
+    record["parts"], record["units"], record["multiple"] = parts, steps // multiple, multiple
+    address, openmp = record.ctypes.data, _openmp() if threads > 1 else None
     if threads == 1:
         loop.ctypes(address)
     elif openmp is not None:

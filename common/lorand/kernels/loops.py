@@ -4,11 +4,10 @@ A job holds the addresses of its arrays, row-major and without gaps.
 """
 
 from functools import cache
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numba import carray, cfunc, njit
+from numba import carray, cfunc
 
 from lorand.kernels import tiles
 from lorand.kernels.jobs import SIGNATURE, enter, layout, next_part
@@ -33,15 +32,6 @@ PROJECT_INDEPENDENT: Final = layout(
     gradient=np.int64, count=np.int64, seeds=np.int64, keys=np.int64, sums=np.int64,
     factor=np.float64, tid=np.uint32,
 )  # fmt: skip
-
-
-@njit(cache=True)
-def _never_called() -> None: ...
-
-
-def compiled_before() -> bool:
-    """Whether compiled code of an earlier process is at hand."""
-    return any(Path(_never_called.stats.cache_path).glob("loops.*.nbi"))
 
 
 @cache
