@@ -14,13 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from lorand import codec
+from lorand.coefficients import add
 from lorand.config import RunConfig
 from lorand.manifest import run_digest
 from lorand.replica import CopyReplica
 from lorand_coordinator import optimizer
 from lorand_coordinator.aggregation import Report
-from lorand_worker import estimators, model
+from lorand_worker import local_steps, model
 from lorand_worker.data import Examples, Sampler
+from lorand_worker.estimators import Order
+from lorand_worker.participant import encode
 from lorand_worker.tasks import Classification, Forward, Score
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,7 +60,7 @@ def run(
     loaded = model.load(config.model, len(config.task.labels), source or minilm())
     identity = model.identity(loaded, config)
     replica = CopyReplica.of(loaded.module, identity.manifest, config.pool(identity))
-    estimator = estimators.build(config, replica, loaded.module)
+    work = local_steps.build(config, replica, loaded.module)
     trainable = {spec.name for spec in identity.manifest.tensors}
 
     def task(examples: Examples) -> Classification:
@@ -77,6 +80,7 @@ def run(
     state = optimizer.start(config)
     unbiased = config.codec.rounding == "unbiased"
     source_of_rounding = np.random.default_rng(seed)
+    feedback = [np.zeros(config.directions.pool_size) for _ in shards]
     points = []
     for round_index in range(config.run.rounds + 1):
         if round_index in evaluate_at:
@@ -86,12 +90,24 @@ def run(
             break
         reports = {}
         for worker, (part, sampler) in enumerate(zip(tasks, samplers, strict=True)):
-            measured = estimator.measure(part.loss, sampler.batch(), draws.of(round_index, worker))
-            count = len(measured.values)
-            uniform = source_of_rounding.random(count) if unbiased else None
-            codes = codec.encode(config.codec.up, measured.values, state.scale_exponent, uniform)
-            reports[worker] = Report(codes, len(part))
-        state, _ = optimizer.advance(config, draws, state, round_index, reports)
+            indices = draws.of(round_index, worker)
+            order = Order(indices, draws.importance(indices), round_index)
+            measured = work.do(part.loss, sampler.batch, order, len(part))
+            uniform = source_of_rounding.random(len(indices)) if unbiased else None
+            coded = encode(
+                config, measured.values, state.scale_exponent, feedback[worker][indices], uniform
+            )
+            if config.keeps_feedback:
+                feedback[worker][indices] = coded.lost
+            reports[worker] = Report(coded.codes, len(part), coded.scale)
+        before = state.coefficients
+        state, update = optimizer.advance(config, draws, state, round_index, reports)
+        change = codec.delta(update.scale, update.codes)
+        draws = draws.after(update.indices, change)
+        if config.pool_after(round_index + 1) != replica.pool.index:
+            last = add(before, update.indices, change)
+            replica.fold(last, config.pool(identity, replica.pool.index + 1))
+            feedback = [np.zeros(config.directions.pool_size) for _ in shards]
         replica.set(state.coefficients)
     return points
 
