@@ -100,6 +100,8 @@ def changed(section: str, field: str) -> RunConfig:
         other = not value
     elif isinstance(value, (int, float)):
         other = value + 1
+    elif isinstance(value, dict):
+        other = {**value, "more": 1.0}
     else:
         other = (*value, "more") if isinstance(value, tuple) else value + "more"
     moved = getattr(config, section).model_copy(update={field: other})
