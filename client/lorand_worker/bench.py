@@ -17,6 +17,7 @@ from lorand.replica import DTYPES, CopyReplica, Replica
 from lorand_worker import estimators, memory, model, quantisation
 from lorand_worker.data import Examples, Sampler
 from lorand_worker.estimators import Measurement
+from lorand_worker.floor import FloorWatch
 from lorand_worker.memory import Weights
 from lorand_worker.model import LoadedModel
 from lorand_worker.tasks import Classification, Forward, Score
@@ -127,6 +128,8 @@ class ModelBench:
         self._task = task_for(base, config, examples, forward)
         self._estimator = estimators.build(config, base.replica, base.loaded.module)
         self._sampler = Sampler(len(examples), config.estimator.batch_size, source)
+        batch = min(len(examples), config.estimator.batch_size)
+        self._watch = FloorWatch(config, (forward or Forward()).precision, batch)
 
     @property
     def examples(self) -> int:
@@ -139,7 +142,9 @@ class ModelBench:
 
     def measure(self, indices: Indices) -> Measurement:
         """See Bench."""
-        return self._estimator.measure(self._task.loss, self._sampler.batch(), indices)
+        measured = self._estimator.measure(self._task.loss, self._sampler.batch(), indices)
+        self._watch.see(measured)
+        return measured
 
     def score(self) -> Score:
         """Return accuracy and loss on all local examples."""
