@@ -34,7 +34,7 @@ def floor(dtype: str, loss: float, batch: int) -> float:
     about ε of itself, independently, and the mean over a batch averages that; the mean itself is a
     float32 number whatever the passes are. An estimate: two-point differences of MiniLM's loss at
     vanishing μ were within a factor of three of it, in float32 and in bfloat16, for batches of 4
-    to 64.
+    to 64. Errors really grow with the logits: while a new head is still zero they are smaller.
 
     >>> floor("float32", 0.5, 16) == 2**0.5 * 0.5 * 2**-23
     True
@@ -76,6 +76,6 @@ class FloorWatch:
         instead = "join with --precision float32, or " if self._dtype == "bfloat16" else ""
         return (
             f"{self._below / self._seen:.0%} of this worker's loss differences are below "
-            f"{limit:.1e}, what {self._dtype} passes resolve, so that its scalars are mostly "
-            f"rounding: {instead}ask for a run with a larger estimator.perturbation_scale"
+            f"{limit:.1e}, about what {self._dtype} passes resolve, so that its scalars may be "
+            f"mostly rounding: {instead}ask for a run with a larger estimator.perturbation_scale"
         )

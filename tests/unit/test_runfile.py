@@ -1,6 +1,7 @@
 """Changing values in a run file: it stays what its owner wrote, but for the value."""
 
 import tomllib
+from typing import Any
 
 import pytest
 
@@ -60,7 +61,7 @@ def test_what_is_not_understood_is_left_to_its_owner(text: str) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_values_of_every_preset_are_found(name: str) -> None:
     """Written into a preset's file, they are what is read from it."""
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "estimator": {"batch_size": 48, "perturbation_scale": 3e-05},
         "optimizer": {"learning_rate": 0.0007, "schedule": "constant"},
     }
