@@ -126,7 +126,7 @@ def perturbation_scale(config: RunConfig, readings: Readings, dtype: str) -> tup
         p, a = 2, rounding / 2
         b = bend(readings)[2] / 99 / present**2
     error = sqrt((a / present) ** 2 + (b * present**p) ** 2)
-    what = "rounding" if a / present > b * present**p else "the loss's bends"
+    what = "rounding" if a / present > b * present**p else "the bend of the loss"
     if error <= TOLERATED_ERROR:
         return present, f"kept: it adds {error:.1%} of error to a scalar, mostly {what}"
     best = (a * a / (p * b * b)) ** (1 / (2 * p + 2)) if b > 0 else inf
