@@ -16,6 +16,7 @@ from lorand.replica import DTYPES, CopyReplica, Replica
 from lorand_worker import local_steps, memory, model, quantisation
 from lorand_worker.data import Examples, Sampler
 from lorand_worker.estimators import Measurement, Order
+from lorand_worker.floor import FloorWatch
 from lorand_worker.memory import Weights
 from lorand_worker.model import LoadedModel
 from lorand_worker.tasks import Classification, Forward, Score
@@ -135,6 +136,12 @@ class ModelBench:
         self._task = task_for(base, config, examples, forward)
         self._work = local_steps.build(config, base.replica, base.loaded.module)
         self._sampler = Sampler(len(examples), config.estimator.batch_size, source)
+        batch = min(len(examples), config.estimator.batch_size)
+        self._watch = (  # where steps led is no longer a difference of two losses
+            None
+            if config.local.taken
+            else FloorWatch(config, (forward or Forward()).precision, batch)
+        )
 
     @property
     def examples(self) -> int:
@@ -147,7 +154,10 @@ class ModelBench:
 
     def measure(self, order: Order) -> Measurement:
         """See Bench."""
-        return self._work.do(self._task.loss, self._sampler.batch, order, len(self._task))
+        measured = self._work.do(self._task.loss, self._sampler.batch, order, len(self._task))
+        if self._watch is not None:
+            self._watch.see(measured)
+        return measured
 
     def score(self) -> Score:
         """Return accuracy and loss on all local examples."""

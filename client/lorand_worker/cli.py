@@ -75,8 +75,11 @@ def prepare(
     json_output: Json = False,
 ) -> None:
     """Load the run's model and write run.lock: its digests and trainable tensors."""
+    from lorand_worker.resolution import check_perturbation
+
     config = load(run)
     base = _load_base(config, model, "cpu", _reporter(json_output))
+    check_perturbation(config, base.replica)
     _warm_up(base)
     lock = run.with_name("run.lock")
     try:
@@ -96,6 +99,40 @@ def prepare(
         f"weights, base {base.identity.base_digest.hex()[:16]}",
         json_output,
     )
+
+
+@app.command()
+def calibrate(
+    run: Annotated[Path, typer.Argument(help="The run file.")],
+    data: Data,
+    directions: Annotated[int, typer.Option(min=4, max=1024, help="Directions measured.")] = 16,
+    batches: Annotated[int, typer.Option(min=2, max=1024, help="Batches measured, at most.")] = 8,
+    write: Annotated[
+        bool, typer.Option("--write", help="Put the suggestions into the run file.")
+    ] = False,
+    model: Model = None,
+    device: Device = "auto",
+    precision: Annotated[
+        Precision, typer.Option(help="Of forward passes, as workers will run them.")
+    ] = Precision.AUTO,
+    threads: Threads = 0,
+    json_output: Json = False,
+) -> None:
+    """Before round 1: suggest perturbation scale, batch size and learning rate from local data."""
+    from lorand_worker import calibrating
+
+    _set_threads(threads)
+    config = load(run)
+    if write:
+        calibrating.check_not_begun(run, config)
+    report = _reporter(json_output)
+    base = _load_base(config, model, device, report)
+    found = calibrating.measure(
+        config, base, data, precision, num_directions=directions, num_batches=batches, report=report
+    )
+    if write:
+        calibrating.write(run, found.suggestion)
+    _result(found.as_dict(), found.text(written=run if write else None), json_output)
 
 
 @app.command()
@@ -151,6 +188,7 @@ def join(
     from lorand_worker.bench import ModelBench
     from lorand_worker.link import Link
     from lorand_worker.precision import choose
+    from lorand_worker.resolution import check_perturbation
     from lorand_worker.session import Session, fetch_run
     from lorand_worker.tasks import Forward
 
@@ -162,6 +200,7 @@ def join(
         config, theirs = fetch_run(link, report.note)
         guard.check(config, guard.Policy(seed_pool=guard.parse_seed_pool(seed_pool)))
         examples = data_files.load(data, config.task)
+        guard.check_examples(config, len(examples), str(data))
         for line in guard.disclosure(config):
             report.note(line)
         for label in data_files.missing_labels(examples, config.task):
@@ -169,6 +208,7 @@ def join(
         base = _load_base(config, model, device, report, weights, checkpointing)
         if theirs is not None:
             guard.check_identity(base.identity, theirs)
+        check_perturbation(config, base.replica)
         report.note(base.weights)
         chosen, why = choose(precision, config, base.device)
         report.note(why)

@@ -5,7 +5,7 @@ from typing import Final
 
 from lorand.coefficients import check_size
 from lorand.config import RunConfig
-from lorand.errors import ConfigError, HandshakeError
+from lorand.errors import ConfigError, DataError, HandshakeError
 from lorand.manifest import Identity
 
 ANY: Final = "any"
@@ -45,6 +45,21 @@ def check(config: RunConfig, policy: Policy) -> None:
         raise HandshakeError(
             f"the run asks for batches of {config.estimator.batch_size}, this worker allows "
             f"{policy.max_batch_size}"
+        )
+
+
+def check_examples(config: RunConfig, examples: int, source: str) -> None:
+    """Raise DataError when the data are fewer than one batch of the run.
+
+    A smaller batch in its place would be noisier than the run's settings say, and the same
+    examples would be measured in every round.
+    """
+    wanted = config.estimator.batch_size
+    if examples < wanted:
+        raise DataError(
+            f"{source} holds {examples} example{'s' * (examples != 1)}, fewer than the run's batch "
+            f"of {wanted}: give at least {wanted}, or ask the coordinator's operator for a run "
+            f"with estimator.batch_size = {examples}"
         )
 
 

@@ -155,7 +155,11 @@ def rate(config: RunConfig, committed: int) -> float:
     """Return the local learning rate of the next round."""
     settings = config.optimizer
     return config.local.learning_rate * schedules.factor(
-        settings.schedule, committed, config.run.rounds, settings.warmup_rounds
+        settings.schedule,
+        committed,
+        config.run.rounds,
+        settings.warmup_rounds,
+        settings.refined,
     )
 
 

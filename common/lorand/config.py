@@ -18,7 +18,7 @@ from lorand.coefficients import check_size, quanta
 from lorand.directions import Drawing, Draws, Family, Pool, pool_key
 from lorand.errors import ConfigError
 from lorand.manifest import Identity
-from lorand.schedules import Schedule
+from lorand.schedules import REFINED_POINTS, Schedule
 
 PROTOCOL_VERSION = 1
 
@@ -33,7 +33,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 ADDED_LATER: Final[dict[str, dict[str, object]]] = {
     "model": {"quantisation": "none"},
     "codec": {"rounding": "nearest"},
-    "optimizer": {"warmup_rounds": 0, "spread_decay": 0.9},
+    "optimizer": {"warmup_rounds": 0, "spread_decay": 0.9, "clip_factor": 0.0, "refined": []},
     "rounds": {"aggregation": "mean"},
     "directions": {"drawing": "uniform", "rotate_every": 0},
     "local": {
@@ -162,6 +162,26 @@ class OptimizerSection(_Section):
     beta2: Share = 0.999
     schedule: Schedule = "linear"
     warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    refined: tuple[Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)], ...] = ()
+    clip_factor: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+    @model_validator(mode="after")
+    def _refined_or_not(self) -> Self:
+        if (self.schedule == "refined") != bool(self.refined):
+            raise ValueError(
+                'schedule = "refined" and refined = [...] go together: take both lines from '
+                "`lr-coordinator refine`"
+            )
+        if self.refined and len(self.refined) not in REFINED_POINTS:
+            raise ValueError(
+                f"refined has {len(self.refined)} points; give {REFINED_POINTS[0]} to "
+                f"{REFINED_POINTS[-1]}"
+            )
+        if 0 < self.clip_factor < 1:
+            raise ValueError(
+                "clip_factor below 1 clips typical scalars: set it to 3 or so, or to 0 for none"
+            )
+        return self
 
 
 class RoundsSection(_Section):

@@ -72,8 +72,8 @@ def aggregate(
         raise ContributionError("a round without contributions cannot be aggregated")
     workers = tuple(sorted(reports))
     weights = _weights(config, [reports[worker].examples for worker in workers])
-    decoded = [
-        weight * _decoded(config, reports[worker], scale_exponent)
+    parts = [
+        weight * decoded(config, reports[worker], scale_exponent)
         for worker, weight in zip(workers, weights, strict=True)
     ]
     indices = draws.committed(round_index, workers)
@@ -81,15 +81,13 @@ def aggregate(
     factors = np.ones(len(indices)) if walked else draws.importance(indices)
     if config.directions.mode == "shared":
         if config.rounds.aggregation == "majority":
-            decoded = [
-                weight * np.sign(part) for weight, part in zip(weights, decoded, strict=True)
-            ]
-            return Estimate(indices, np.sign(np.sum(decoded, axis=0)), len(indices))
-        mean = factors * np.sum(decoded, axis=0) / len(workers)
+            votes = [weight * np.sign(part) for weight, part in zip(weights, parts, strict=True)]
+            return Estimate(indices, np.sign(np.sum(votes, axis=0)), len(indices))
+        mean = factors * np.sum(parts, axis=0) / len(workers)
         return Estimate(indices, mean, len(indices), walked)
     place = {index: position for position, index in enumerate(indices.tolist())}
     values = np.zeros(len(indices))
-    for worker, part in zip(workers, decoded, strict=True):
+    for worker, part in zip(workers, parts, strict=True):
         drawn = draws.of(round_index, worker)
         np.add.at(values, [place[index] for index in drawn.tolist()], part)
     if walked:
@@ -97,8 +95,11 @@ def aggregate(
     return Estimate(indices, factors * values, len(workers) * config.num_directions)
 
 
-def _decoded(config: RunConfig, report: Report, scale_exponent: int) -> Floats:
-    """Scalars; of local steps the way they went, turned round, in units of an unscaled weight."""
+def decoded(config: RunConfig, report: Report, scale_exponent: int) -> Floats:
+    """Return a report's scalars, shape (num_directions,).
+
+    Of local steps it is the way they went, turned round, in units of an unscaled weight.
+    """
     if not config.local.taken:
         return codec.decode(config.codec.up, report.codes, scale_exponent)
     moved = codec.delta(report.scale, report.codes).astype(np.float64)

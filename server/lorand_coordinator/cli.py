@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,13 +16,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.live import Live
 
-from lorand import ledger, transport
+from lorand import ledger, runfile, transport
 from lorand.config import RunConfig, load
 from lorand.errors import ConfigError, ConnectionLost, LedgerError, LorandError
 from lorand.manifest import Identity
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
-from lorand_coordinator import presets, show
+from lorand_coordinator import diagnostics, history, presets, refinement, show
 from lorand_coordinator.hub import Hub
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.service import serve as serve_hub
@@ -181,6 +182,44 @@ def health(address: Address = "127.0.0.1:7700", json_output: Json = False) -> No
     out(json.dumps({"serving": serving}) if json_output else ("serving" if serving else "draining"))
     if not serving:
         raise typer.Exit(ConnectionLost.exit_code)
+
+
+LedgerInUse = Annotated[Path, typer.Argument(help="The coordinator's ledger; it may be in use.")]
+
+
+@app.command()
+def diagnose(
+    path: LedgerInUse,
+    last: Annotated[int, typer.Option(min=1, help="Over how many rounds.")] = diagnostics.WINDOW,
+    json_output: Json = False,
+) -> None:
+    """Tell from a ledger's scalars why a run does not learn, and what to do."""
+    config, _, rounds = history.read(path)
+    recent = diagnostics.Recent(config, last)
+    for part in deque(rounds, last):
+        recent.add(part.scale_exponent, part.reports.values())
+    content = show.figures(recent)
+    out(json.dumps(content) if json_output else show.figures_text(content))
+
+
+@app.command()
+def refine(path: LedgerInUse, json_output: Json = False) -> None:
+    """Print a schedule refined from a run's scalars, as lines for the next run's file."""
+    config, draws, rounds = history.read(path)
+    norm = refinement.norm_for(config)
+    observed = refinement.norms(config, draws, rounds, norm)
+    settings = {
+        "schedule": "refined",
+        "refined": refinement.points(refinement.refine(observed, norm)),
+    }
+    if json_output:
+        out(json.dumps({"rounds": len(observed), "norm": norm, **settings}))
+        return
+    if len(observed) < config.run.rounds:
+        done = f"{len(observed)} of {config.run.rounds}"
+        out(f"# from {done} rounds: of the rest of the run nothing is known yet")
+    out(f"# refined from the {norm} norms of {len(observed)} rounds; for a run with another name")
+    out(runfile.lines({"optimizer": settings}))
 
 
 @ledger_app.command()

@@ -57,6 +57,7 @@ class Hub:
         self.grown = asyncio.Event()
         self.draining = False
         self._last_reason = ""
+        self._told: dict[str, int] = {}
 
     def join(self, hello: wire.Hello) -> Connection:
         """Admit a worker, queue Welcome and the entries it lacks, and count it as connected.
@@ -169,3 +170,13 @@ class Hub:
         if line != self._last_reason:
             self._last_reason = line
             log.info("%s", line)
+            self._log_findings()
+
+    def _log_findings(self) -> None:
+        """Log what the scalars tell of the run; a finding that stays comes once a window."""
+        position, recent = self.sequencer.position, self.sequencer.recent
+        committed = 0 if position is None else position.committed
+        for finding in recent.findings():
+            if committed >= self._told.get(finding.kind, 0):
+                self._told[finding.kind] = committed + recent.window
+                log.log(logging.WARNING if finding.warning else logging.INFO, "%s", finding.text)

@@ -5,6 +5,8 @@ coordinates and their moments move (as in torch's SparseAdam), so ΔA has one co
 direction. A step is a vector of quanta; what its codes lose is kept as error feedback
 (Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019), K numbers at the coordinator.
 
+With clip_factor a scalar is bounded by the spread of earlier rounds, which the ledger determines.
+
 learning_rate is in units of an unscaled weight. With `normalise` (SGD) and with Adam it is the
 root mean square by which a round changes such a weight, whatever K, model and loss are; without,
 w −= learning_rate · gradient estimate. Of local steps it is the share that is taken of their mean,
@@ -74,6 +76,7 @@ def advance(
     Deterministic: a restarted coordinator repeats it from the stored contributions.
     """
     estimate = aggregate(config, draws, round_index, state.scale_exponent, reports)
+    estimate = replace(estimate, values=_clipped(config, state, estimate.values))
     moved, step = _step(config, state, estimate)
     wanted = step * 2.0**config.directions.quantum_exponent + state.feedback[estimate.indices]
     scale, codes = codec.quantise_delta(config.codec.down, wanted)
@@ -115,23 +118,47 @@ def _step(config: RunConfig, state: State, estimate: Estimate) -> tuple[State, F
     rate = settings.learning_rate
     if not estimate.walked:
         rate *= schedules.factor(
-            settings.schedule, state.committed, config.run.rounds, settings.warmup_rounds
+            settings.schedule,
+            state.committed,
+            config.run.rounds,
+            settings.warmup_rounds,
+            settings.refined,
         )
     if settings.kind == "adam":
         return _adam(config, state, estimate, rate)
     at, values = estimate.indices, estimate.values
     first = state.first.copy()
     first[at] = settings.momentum * first[at] + values
-    decay = settings.spread_decay
-    spread = decay * state.spread + (1 - decay) * _squared_spread(config, values)
-    weight = decay * state.spread_weight + (1 - decay)
-    moved = replace(state, first=first, spread=spread, spread_weight=weight)
+    moved = replace(_spread_after(config, state, values), first=first)
     if not settings.normalise:
         return moved, -rate / (1 if estimate.walked else estimate.measured) * first[at]
-    if spread == 0.0:
+    if moved.spread == 0.0:
         return moved, np.zeros_like(values)
-    typical = np.sqrt(spread / weight)
+    typical = np.sqrt(moved.spread / moved.spread_weight)
     return moved, -rate / np.sqrt(estimate.measured) * first[at] / typical
+
+
+def _spread_after(config: RunConfig, state: State, values: Floats) -> State:
+    """Return the state with the running mean of squared scalars one round further."""
+    decay = config.optimizer.spread_decay
+    spread = decay * state.spread + (1 - decay) * _squared_spread(config, values)
+    return replace(state, spread=spread, spread_weight=decay * state.spread_weight + (1 - decay))
+
+
+def _clipped(config: RunConfig, state: State, values: Floats) -> Floats:
+    """Return the aggregated scalars, shape (n,), none beyond clip_factor running spreads.
+
+    The spread is that of the rounds before (as they were clipped), so that an outlier does not
+    raise its own bound; the first round has none, nor has one after rounds of zeros alone.
+    One-sided scalars, which share what the curvature adds, are clipped about their median.
+    """
+    factor = config.optimizer.clip_factor
+    if factor == 0.0 or state.spread == 0.0:
+        return values
+    bound = factor * np.sqrt(state.spread / state.spread_weight)
+    centre = np.median(values) if config.estimator.kind == "one-sided" else 0.0
+    clipped: Floats = np.clip(values, centre - bound, centre + bound)
+    return clipped
 
 
 def _squared_spread(config: RunConfig, values: Floats) -> float:
@@ -155,4 +182,6 @@ def _adam(config: RunConfig, state: State, estimate: Estimate, rate: float) -> t
     mean = first[at] / (1 - settings.beta1 ** visits[at])
     variance = second[at] / (1 - settings.beta2 ** visits[at])
     step = -rate / np.sqrt(len(at)) * mean / (np.sqrt(variance) + ADAM_EPSILON)
+    if settings.clip_factor:
+        state = _spread_after(config, state, values)
     return replace(state, first=first, second=second, visits=visits), step

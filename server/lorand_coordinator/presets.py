@@ -4,14 +4,13 @@ A preset is a comment that names the paper and what differs from it here, and th
 make the method; everything else is the template's.
 """
 
-import json
-import re
 import textwrap
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Final
 
 from lorand.errors import ConfigError
+from lorand.runfile import with_values
 
 Settings = dict[str, dict[str, Any]]
 
@@ -200,9 +199,7 @@ def render(name: str = "") -> str:
     preset = PRESETS.get(name)
     if preset is None:
         raise ConfigError(f"there is no preset {name!r}; there are {', '.join(sorted(PRESETS))}")
-    for section, values in preset.settings.items():
-        for key, value in values.items():
-            text = _with(text, section, key, value)
+    text = with_values(text, preset.settings)
     return f"{_comment(preset.paper)}\n{_comment('Here ' + preset.differs)}\n#\n{text}"
 
 
@@ -210,14 +207,3 @@ def _comment(text: str) -> str:
     return textwrap.fill(
         f"{text}.", width=98, break_on_hyphens=False, initial_indent="# ", subsequent_indent="# "
     )
-
-
-def _with(text: str, section: str, key: str, value: Any) -> str:
-    """Replace a value in a section; its comment stays where it stood."""
-    pattern = re.compile(rf"(^\[{section}\].*?^)({key} = [^#\n]*?)( *)(#[^\n]*)?$", re.M | re.S)
-    found = pattern.search(text)
-    assert found is not None, f"the template has no {section}.{key}"
-    before, old, gap, comment = found.groups()
-    new = f"{key} = {json.dumps(value)}"
-    tail = new.ljust(len(old) + len(gap)) + comment if comment else new
-    return text[: found.start()] + before + tail + text[found.end() :]

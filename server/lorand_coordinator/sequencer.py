@@ -5,6 +5,7 @@ every call returns the messages to deliver, in order. An entry is appended (dura
 in a returned message.
 """
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
@@ -20,7 +21,7 @@ from lorand.ledger import Position
 from lorand.manifest import Identity, Manifest
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
-from lorand_coordinator import aggregation, optimizer, rounds
+from lorand_coordinator import aggregation, diagnostics, optimizer, rounds
 from lorand_coordinator.snapshot import pack_state, unpack_state
 from lorand_coordinator.store import Checkpoint, Store, StoreUnavailable
 
@@ -68,6 +69,7 @@ class Sequencer:
         self.config = config
         self.store = store
         self.tally = Tally()
+        self.recent = diagnostics.Recent(config)
         self.reason = ""
         self._waiting_identity = identity
         self._settings = rounds.Settings(
@@ -112,9 +114,12 @@ class Sequencer:
         if checkpoint is not None:
             position, self._optimizer = self._from_checkpoint(start, checkpoint)
         committed_before = position.next_sequence
+        last: deque[pb.Entry] = deque(maxlen=self.recent.window)
         for body in self.store.entries():
             entry = ledger.parse(body)
             self._count(entry)
+            if entry.HasField("commit"):
+                last.append(entry)
             if entry.sequence < committed_before:
                 continue
             if entry.HasField("commit"):
@@ -122,6 +127,9 @@ class Sequencer:
             position = ledger.apply(position, body)
         if not np.array_equal(position.coefficients, self._optimizer.coefficients):
             raise LedgerError("the optimizer's coefficients are not those of the ledger")
+        for entry in last:
+            stored = map(pb.StoredContribution.FromString, self.store.contributions(entry.sequence))
+            self._note_scalars(entry.commit.scale_exponent, self._reports(stored))
         self._position = position
 
     def _from_checkpoint(
@@ -359,8 +367,9 @@ class Sequencer:
             for worker in sorted(contributions)
         ]
         bodies = [part.SerializeToString(deterministic=True) for part in stored]
+        reports = self._reports(stored)
         after, update = optimizer.advance(
-            self.config, self._position.draws, self._optimizer, round_index, self._reports(stored)
+            self.config, self._position.draws, self._optimizer, round_index, reports
         )
         commit = pb.Commit(
             scale=update.scale,
@@ -372,12 +381,16 @@ class Sequencer:
         assert commit.scale_exponent in SCALE_EXPONENTS
         outgoing = self._append(pb.Entry(round_index=round_index, commit=commit), bodies)
         self._optimizer = after
+        self._note_scalars(commit.scale_exponent, reports)
         for worker in commit.workers:
             self.tally.accounts[worker].contributions += 1
         losses = [c.contribution.loss for c in stored if c.contribution.HasField("loss")]
         self.tally.loss = float(np.mean(losses)) if losses else None
         self._maybe_checkpoint()
         return outgoing
+
+    def _note_scalars(self, scale_exponent: int, reports: dict[int, aggregation.Report]) -> None:
+        self.recent.add(scale_exponent, [reports[worker] for worker in sorted(reports)])
 
     def _reports(self, stored: Iterable[pb.StoredContribution]) -> dict[int, aggregation.Report]:
         return {part.worker: aggregation.report(self.config, part.contribution) for part in stored}

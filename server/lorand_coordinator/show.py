@@ -13,6 +13,7 @@ from lorand import ledger
 from lorand.ledger import Position
 from lorand.v1 import ledger_pb2 as pb
 from lorand.v1 import status_pb2 as status
+from lorand_coordinator.diagnostics import Recent
 from lorand_coordinator.store import SqliteStore
 
 EVALUATIONS_SHOWN = 5
@@ -60,12 +61,13 @@ def panel(answer: status.GetStatusResponse) -> RenderableType:
             f"after {evaluation.committed} rounds: accuracy {evaluation.accuracy:.3f}, loss "
             f"{evaluation.loss:.4f} on {evaluation.examples} examples ({evaluation.evaluator})"
         )
+    lines += answer.findings
     return Panel(Group(*lines), title=f"run {answer.name}", title_align="left")
 
 
 def bodies(path: Path) -> Iterator[bytes]:
     """Yield the entries of a ledger, in SQLite or exported. Raises LedgerError."""
-    if _is_exported(path):
+    if is_exported(path):
         yield from ledger.read_file(path)
         return
     store = SqliteStore(path, read_only=True)
@@ -77,7 +79,7 @@ def bodies(path: Path) -> Iterator[bytes]:
 
 def verify(path: Path) -> tuple[Position, int]:
     """Return where a ledger ends and how many contributions were checked. Raises LedgerError."""
-    if _is_exported(path):
+    if is_exported(path):
         return ledger.replay(ledger.read_file(path)), 0
     store = SqliteStore(path, read_only=True)
     checked = 0
@@ -101,6 +103,36 @@ def rows(path: Path, last: int) -> list[dict[str, Any]]:
         kept.append(_row(ledger.parse(body)))
         del kept[:-last]
     return kept
+
+
+def figures(recent: Recent) -> dict[str, Any]:
+    """Return the figures of the last rounds, for JSON."""
+    total = recent.total
+    ratio, error = total.signal_to_noise or (None, None)
+    count = max(total.scalars, 1)
+    return {
+        "rounds": len(recent.rounds),
+        "scalars": total.scalars,
+        "zero_share": total.zeros / count,
+        "clipped_share": total.clipped / count,
+        "signal_to_noise": ratio,
+        "standard_error": error,
+        "scale_exponent": total.scale_exponent,
+        "findings": [finding.text for finding in recent.findings()],
+    }
+
+
+def figures_text(content: dict[str, Any]) -> str:
+    """Return the figures for people."""
+    head = (
+        f"last {content['rounds']} rounds, {content['scalars']} scalars: "
+        f"{content['zero_share']:.0%} zero, {content['clipped_share']:.0%} clipped"
+    )
+    if content["signal_to_noise"] is not None:
+        head += (
+            f", signal-to-noise {content['signal_to_noise']:.2f} ± {content['standard_error']:.2f}"
+        )
+    return "\n".join([head, *content["findings"]])
 
 
 def _row(entry: pb.Entry) -> dict[str, Any]:
@@ -142,7 +174,8 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['sequence']:>6}  round {row['round_index']:<5} {row['kind']:<10} {rest}"
 
 
-def _is_exported(path: Path) -> bool:
+def is_exported(path: Path) -> bool:
+    """Whether a file is an exported ledger, which has no contributions."""
     try:
         with path.open("rb") as file:
             return file.read(len(ledger.FILE_MAGIC)) == ledger.FILE_MAGIC

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Final, Literal, get_args, get_origin
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,7 +104,8 @@ def changed(section: str, field: str) -> RunConfig:
     elif isinstance(value, dict):
         other = {**value, "more": 1.0}
     else:
-        other = (*value, "more") if isinstance(value, tuple) else value + "more"
+        more = 0.5 if field == "refined" else "more"
+        other = (*value, more) if isinstance(value, tuple) else value + "more"
     moved = getattr(config, section).model_copy(update={field: other})
     return config.model_copy(update={section: moved})
 
@@ -184,6 +186,26 @@ def test_warm_up_rises_to_one_and_the_rest_is_the_schedule(schedule: Schedule) -
     assert warm[3:] == [factor(schedule, n, 10) for n in range(10)]
 
 
+def test_a_refined_schedule_is_read_between_its_points() -> None:
+    """Any length of a run: the first point at the first round, the last at the last."""
+    points = (0.25, 1.0, 0.5)
+    for total in (1, 2, 3, 7, 200):
+        found = [factor("refined", n, total, refined=points) for n in range(total + 1)]
+        places = np.linspace(0, 2, total) if total > 1 else [0]
+        assert found[:-1] == pytest.approx(np.interp(places, [0, 1, 2], points).tolist())
+        assert found[-1] == 0, "past the end of the run"
+    warm = [factor("refined", n, 10, 3, points) for n in range(10)]
+    assert warm[:3] == [0.25, 0.5, 0.75]
+    assert warm[3:] == [factor("refined", n, 7, refined=points) for n in range(7)]
+
+
+@pytest.mark.parametrize("count", [1, 65])
+def test_a_refined_schedule_has_two_to_64_points(count: int) -> None:
+    line = f"schedule = 'refined'\nrefined = {[0.5] * count}"
+    with pytest.raises(ConfigError, match=f"refined has {count} points; give 2 to 64"):
+        config_of(optimizer=line)
+
+
 # ------------------------------------------------------------- what is refused, and how
 
 WRONG: Final[list[tuple[str, str, str, str]]] = [
@@ -226,7 +248,12 @@ WRONG: Final[list[tuple[str, str, str, str]]] = [
     ("codec", "rounding = 'up'", "codec.rounding", "should be 'nearest' or 'unbiased'"),
     ("optimizer", "learning_rate = -1", "optimizer.learning_rate", "greater than 0"),
     ("optimizer", "beta1 = 1.0", "optimizer.beta1", "less than 1"),
-    ("optimizer", "schedule = 'step'", "optimizer.schedule", "should be 'linear', 'cosine' or"),
+    ("optimizer", "schedule = 'step'", "optimizer.schedule", "should be 'linear', 'cosine', "),
+    ("optimizer", "clip_factor = 0.5", "optimizer", "set it to 3 or so, or to 0 for none"),
+    ("optimizer", "clip_factor = -1", "optimizer.clip_factor", "greater than or equal to 0"),
+    ("optimizer", "schedule = 'refined'", "optimizer", "take both lines from `lr-coordinator re"),
+    ("optimizer", "refined = [1.0, 0.5]", "optimizer", 'schedule = "refined" and refined = [...]'),
+    ("optimizer", "refined = [1.0, 1.5]", "optimizer.refined.1", "less than or equal to 1"),
     ("rounds", "quorum = 0", "rounds.quorum", "greater than or equal to 1"),
     ("rounds", "start_with = 2", "rounds.start_with", "must be 0 (= quorum) or at least"),
     ("rounds", "deadline_s = 0", "rounds.deadline_s", "greater than 0"),

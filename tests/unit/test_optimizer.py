@@ -408,3 +408,51 @@ def test_a_snapshot_belongs_to_its_coefficients() -> None:
     for cut in (0, 1, 32, 100, len(packed) - 1):
         with pytest.raises(LedgerError, match="a checkpoint is damaged"):
             unpack_state(packed[:cut], state.coefficients, state.committed)
+
+
+# ------------------------------------------------------------- clipping by history
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_an_outlier_is_clipped_at_the_spread_of_earlier_rounds(kind: str) -> None:
+    """Not at its own round's, which it raises; the first round knows none and is not clipped."""
+    plain = run_of({**SGD, "kind": kind, "normalise": False}, count=64)
+    config = run_of({**SGD, "kind": kind, "normalise": False, "clip_factor": 3.0}, count=64)
+    draws, state, other = config.draws(RUN), optimizer.start(config), optimizer.start(plain)
+    spread, weight = 0.0, 0.0
+    for round_index in range(1, 80):
+        values = scalars(round_index, 64)
+        if round_index in (1, 79):
+            values[7] = 1000.0
+        bound = 3.0 * np.sqrt(spread / weight) if weight else np.inf
+        clipped = np.clip(values, -bound, bound)
+        assert (clipped[7] == 1000.0) == (round_index == 1)
+        state, update = optimizer.advance(config, draws, state, round_index, {1: report(values)})
+        other, expected = optimizer.advance(plain, draws, other, round_index, {1: report(clipped)})
+        assert applied(update) == pytest.approx(applied(expected), rel=1e-4, abs=1e-6)
+        spread, weight = 0.9 * spread + 0.1 * float(np.mean(clipped**2)), 0.9 * weight + 0.1
+        assert state.spread / state.spread_weight == pytest.approx(spread / weight, rel=1e-4)
+    assert bound < 12, "three times the scalars' spread of 3, but for what is left of the first"
+
+
+def test_one_sided_scalars_are_clipped_about_their_median() -> None:
+    """What the curvature adds to all of them alike is no outlier."""
+    settings = {**SGD, "clip_factor": 3.0, "normalise": False}
+    estimator = {"kind": "one-sided", "directions_per_round": 64}
+    config = config_of(
+        optimizer=settings, estimator=estimator, codec={"up": "int32", "down": "int32"}
+    )
+    draws, state = config.draws(RUN), optimizer.start(config)
+    for round_index in (1, 2):
+        values = scalars(round_index, 64) + 500.0
+        state, update = optimizer.advance(config, draws, state, round_index, {1: report(values)})
+        assert applied(update) == pytest.approx(-0.01 / 64 * values, rel=0.02)
+
+
+def test_a_run_of_zeros_clips_nothing() -> None:
+    config = run_of({**SGD, "clip_factor": 1.0, "normalise": False}, count=8)
+    draws, state = config.draws(RUN), optimizer.start(config)
+    for round_index, value in enumerate((0.0, 0.0, 5.0), start=1):
+        values = np.full(8, value)
+        state, update = optimizer.advance(config, draws, state, round_index, {1: report(values)})
+        assert applied(update) == pytest.approx(-0.01 / 8 * values, abs=2e-9)

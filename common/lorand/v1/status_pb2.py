@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lorand/v1/status.proto\x12\tlorand.v1\"\x12\n\x10GetStatusRequest\"\xbf\x02\n\x11GetStatusResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x13\n\x0bround_index\x18\x04 \x01(\r\x12\x11\n\tcommitted\x18\x05 \x01(\r\x12\x0e\n\x06rounds\x18\x06 \x01(\r\x12\x0f\n\x07\x65ntries\x18\x07 \x01(\x04\x12\x0c\n\x04head\x18\x08 \x01(\x0c\x12\x1b\n\x13\x63oefficients_digest\x18\t \x01(\x0c\x12(\n\x07workers\x18\n \x03(\x0b\x32\x17.lorand.v1.WorkerStatus\x12\x11\n\x04loss\x18\x0b \x01(\x01H\x00\x88\x01\x01\x12\x30\n\x0b\x65valuations\x18\x0c \x03(\x0b\x32\x1b.lorand.v1.EvaluationStatus\x12\x11\n\tabandoned\x18\r \x01(\rB\x07\n\x05_loss\"\x94\x01\n\x0cWorkerStatus\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x15\n\rcontributions\x18\x04 \x01(\r\x12\x10\n\x08rejected\x18\x05 \x01(\r\x12\x16\n\x0e\x62ytes_received\x18\x06 \x01(\x04\x12\x12\n\nbytes_sent\x18\x07 \x01(\x04\"j\n\x10\x45valuationStatus\x12\x11\n\tevaluator\x18\x01 \x01(\t\x12\x11\n\tcommitted\x18\x02 \x01(\r\x12\x10\n\x08\x61\x63\x63uracy\x18\x03 \x01(\x01\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12\x10\n\x08\x65xamples\x18\x05 \x01(\r2W\n\rStatusService\x12\x46\n\tGetStatus\x12\x1b.lorand.v1.GetStatusRequest\x1a\x1c.lorand.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lorand/v1/status.proto\x12\tlorand.v1\"\x12\n\x10GetStatusRequest\"\xd1\x02\n\x11GetStatusResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x13\n\x0bround_index\x18\x04 \x01(\r\x12\x11\n\tcommitted\x18\x05 \x01(\r\x12\x0e\n\x06rounds\x18\x06 \x01(\r\x12\x0f\n\x07\x65ntries\x18\x07 \x01(\x04\x12\x0c\n\x04head\x18\x08 \x01(\x0c\x12\x1b\n\x13\x63oefficients_digest\x18\t \x01(\x0c\x12(\n\x07workers\x18\n \x03(\x0b\x32\x17.lorand.v1.WorkerStatus\x12\x11\n\x04loss\x18\x0b \x01(\x01H\x00\x88\x01\x01\x12\x30\n\x0b\x65valuations\x18\x0c \x03(\x0b\x32\x1b.lorand.v1.EvaluationStatus\x12\x11\n\tabandoned\x18\r \x01(\r\x12\x10\n\x08\x66indings\x18\x0e \x03(\tB\x07\n\x05_loss\"\x94\x01\n\x0cWorkerStatus\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x15\n\rcontributions\x18\x04 \x01(\r\x12\x10\n\x08rejected\x18\x05 \x01(\r\x12\x16\n\x0e\x62ytes_received\x18\x06 \x01(\x04\x12\x12\n\nbytes_sent\x18\x07 \x01(\x04\"j\n\x10\x45valuationStatus\x12\x11\n\tevaluator\x18\x01 \x01(\t\x12\x11\n\tcommitted\x18\x02 \x01(\r\x12\x10\n\x08\x61\x63\x63uracy\x18\x03 \x01(\x01\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12\x10\n\x08\x65xamples\x18\x05 \x01(\r2W\n\rStatusService\x12\x46\n\tGetStatus\x12\x1b.lorand.v1.GetStatusRequest\x1a\x1c.lorand.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSREQUEST']._serialized_start=37
   _globals['_GETSTATUSREQUEST']._serialized_end=55
   _globals['_GETSTATUSRESPONSE']._serialized_start=58
-  _globals['_GETSTATUSRESPONSE']._serialized_end=377
-  _globals['_WORKERSTATUS']._serialized_start=380
-  _globals['_WORKERSTATUS']._serialized_end=528
-  _globals['_EVALUATIONSTATUS']._serialized_start=530
-  _globals['_EVALUATIONSTATUS']._serialized_end=636
-  _globals['_STATUSSERVICE']._serialized_start=638
-  _globals['_STATUSSERVICE']._serialized_end=725
+  _globals['_GETSTATUSRESPONSE']._serialized_end=395
+  _globals['_WORKERSTATUS']._serialized_start=398
+  _globals['_WORKERSTATUS']._serialized_end=546
+  _globals['_EVALUATIONSTATUS']._serialized_start=548
+  _globals['_EVALUATIONSTATUS']._serialized_end=654
+  _globals['_STATUSSERVICE']._serialized_start=656
+  _globals['_STATUSSERVICE']._serialized_end=743
 # @@protoc_insertion_point(module_scope)

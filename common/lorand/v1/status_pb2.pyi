@@ -54,6 +54,7 @@ class GetStatusResponse(_message.Message):
     LOSS_FIELD_NUMBER: _builtins.int
     EVALUATIONS_FIELD_NUMBER: _builtins.int
     ABANDONED_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the run."""
     phase: _builtins.str
@@ -84,6 +85,10 @@ class GetStatusResponse(_message.Message):
     def evaluations(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvaluationStatus]:
         """Latest evaluations, oldest first, at most 1,000."""
 
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the scalars of the last rounds tell of how the run learns, as sentences with what to do."""
+
     def __init__(
         self,
         *,
@@ -100,10 +105,11 @@ class GetStatusResponse(_message.Message):
         loss: _builtins.float | None = ...,
         evaluations: _abc.Iterable[Global___EvaluationStatus] | None = ...,
         abandoned: _builtins.int = ...,
+        findings: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "abandoned", b"abandoned", "coefficients_digest", b"coefficients_digest", "committed", b"committed", "entries", b"entries", "evaluations", b"evaluations", "head", b"head", "loss", b"loss", "name", b"name", "phase", b"phase", "reason", b"reason", "round_index", b"round_index", "rounds", b"rounds", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "abandoned", b"abandoned", "coefficients_digest", b"coefficients_digest", "committed", b"committed", "entries", b"entries", "evaluations", b"evaluations", "findings", b"findings", "head", b"head", "loss", b"loss", "name", b"name", "phase", b"phase", "reason", b"reason", "round_index", b"round_index", "rounds", b"rounds", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015

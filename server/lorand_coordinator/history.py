@@ -1,0 +1,58 @@
+"""Reading the scalars of a run back from its ledger: what `diagnose` and `refine` look at."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorand import ledger
+from lorand.config import RunConfig
+from lorand.directions import Draws
+from lorand.errors import LedgerError
+from lorand.v1 import ledger_pb2 as pb
+from lorand_coordinator import show
+from lorand_coordinator.aggregation import Report, report
+from lorand_coordinator.store import SqliteStore
+
+
+@dataclass(frozen=True)
+class Round:
+    """A committed round: what its participants reported, and the scale of their codes."""
+
+    round_index: int
+    scale_exponent: int
+    reports: dict[int, Report]
+
+
+def read(path: Path) -> tuple[RunConfig, Draws, Iterator[Round]]:
+    """Return a run's config, its draws and its committed rounds in order.
+
+    The ledger may be in use. Raises LedgerError when it is missing, damaged, or exported: an
+    exported ledger has no contributions.
+    """
+    if show.is_exported(path):
+        raise LedgerError(
+            f"{path} is an exported ledger, which has no contributions; give the coordinator's own "
+            "ledger file (NAME.ledger)"
+        )
+    store = SqliteStore(path, read_only=True)
+    first = next(store.entries(0, 1), None)
+    if first is None:
+        store.close()
+        raise LedgerError(f"{path} has no entry yet; come back when a worker has joined")
+    start = ledger.origin_of(first)
+    return start.config, start.draws, _rounds(start.config, store)
+
+
+def _rounds(config: RunConfig, store: SqliteStore) -> Iterator[Round]:
+    try:
+        for body in store.entries():
+            entry = ledger.parse(body)
+            if not entry.HasField("commit"):
+                continue
+            parts = store.contributions(entry.sequence)
+            ledger.check_contributions(entry, parts)
+            stored = [pb.StoredContribution.FromString(part) for part in parts]
+            reports = {part.worker: report(config, part.contribution) for part in stored}
+            yield Round(entry.round_index, entry.commit.scale_exponent, reports)
+    finally:
+        store.close()
