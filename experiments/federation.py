@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,8 @@ def run(
         for worker, (part, sampler) in enumerate(zip(tasks, samplers, strict=True)):
             indices = draws.of(round_index, worker)
             order = Order(indices, draws.importance(indices), round_index)
-            measured = work.do(part.loss, sampler.batch, order, len(part))
+            batches = partial(sampler.batch, state.pace.batch_size)
+            measured = work.do(part.loss, batches, order, len(part))
             uniform = source_of_rounding.random(len(indices)) if unbiased else None
             coded = encode(
                 config, measured.values, state.scale_exponent, feedback[worker][indices], uniform

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -154,7 +155,8 @@ class ModelBench:
 
     def measure(self, order: Order) -> Measurement:
         """See Bench."""
-        measured = self._work.do(self._task.loss, self._sampler.batch, order, len(self._task))
+        batches = partial(self._sampler.batch, order.batch_size)
+        measured = self._work.do(self._task.loss, batches, order, len(self._task))
         if self._watch is not None:
             self._watch.see(measured)
         return measured

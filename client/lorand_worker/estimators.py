@@ -34,12 +34,14 @@ class Order:
     """What a round asks of a participant.
 
     The directions to measure, shape (count,), factors on their scalars where local steps use them
-    (`Draws.importance`; None: 1), and how many rounds were committed before.
+    (`Draws.importance`; None: 1), how many rounds were committed before, and the number of examples
+    where it is not the run's batch size.
     """
 
     indices: Indices
     factors: Floats | None = None
     committed: int = 0
+    batch_size: int = 0
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,9 @@ class Participant:
         config = self.position.config
         draws = self.position.draws
         indices = draws.of(start.round_index, self.worker)
-        order = Order(indices, draws.importance(indices), self.position.committed)
+        batch_size = min(start.batch_size, config.estimator.max_batch_size)  # whoever asks for more
+        factors = draws.importance(indices)
+        order = Order(indices, factors, self.position.committed, batch_size)
         try:
             measured = self._bench.measure(order)
         except NonFiniteLoss as error:

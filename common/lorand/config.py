@@ -8,6 +8,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -34,6 +35,7 @@ ADDED_LATER: Final[dict[str, dict[str, object]]] = {
     "model": {"quantisation": "none"},
     "codec": {"rounding": "nearest"},
     "optimizer": {"warmup_rounds": 0, "spread_decay": 0.9, "clip_factor": 0.0, "refined": []},
+    "estimator": {"max_batch_size": 0},
     "rounds": {"aggregation": "mean"},
     "directions": {"drawing": "uniform", "rotate_every": 0},
     "local": {
@@ -121,6 +123,7 @@ class EstimatorSection(_Section):
 
     kind: EstimatorKind
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
+    max_batch_size: Annotated[int, Field(ge=0, le=65536)] = 0
     perturbation_scale: Annotated[float, Field(gt=0, le=1024, allow_inf_nan=False)] = 0.01
     directions_per_round: Count = 8
 
@@ -227,7 +230,13 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Refuse combinations that cannot work, with the way out."""
-        for holds, why in (*self._measured_wrongly(), *self._taken_wrongly(), *self._run_wrongly()):
+        checks = (
+            self._measured_wrongly,
+            self._grown_wrongly,
+            self._taken_wrongly,
+            self._run_wrongly,
+        )
+        for holds, why in chain.from_iterable(check() for check in checks):
             if holds:
                 raise ValueError(why)
         return self
@@ -274,6 +283,27 @@ class RunConfig(_Section):
             self.codec.rounding == "unbiased" and self.codec.up == "sign",
             'codec.up = "sign" keeps only signs, which cannot be unbiased: set '
             'codec.rounding = "nearest", or codec.up = "int8" or "log8"',
+        )
+
+    def _grown_wrongly(self) -> Iterator[tuple[bool, str]]:
+        """What cannot be of batches that grow."""
+        most = self.estimator.max_batch_size
+        yield (
+            0 < most < self.estimator.batch_size,
+            "estimator.max_batch_size is below batch_size: raise it, or set it to 0 for batches "
+            "that stay as they are",
+        )
+        yield (
+            most > 0
+            and (
+                self.directions.mode == "own"
+                or self.local.taken
+                or self.codec.up == "sign"
+                or self.rounds.quorum < 2
+            ),
+            "estimator.max_batch_size grows batches by how far participants' scalars are apart: "
+            'that needs directions.mode = "shared", local.steps = 0, rounds.quorum of 2 or more '
+            'and a codec other than "sign"; or set it to 0',
         )
 
     def _taken_wrongly(self) -> Iterator[tuple[bool, str]]:

@@ -22,7 +22,9 @@ from lorand.codec import Codes, Floats
 from lorand.coefficients import Coefficients, add, zeros
 from lorand.config import RunConfig
 from lorand.directions import Draws
+from lorand_coordinator import pace
 from lorand_coordinator.aggregation import Estimate, Report, aggregate
+from lorand_coordinator.pace import Pace
 
 ADAM_EPSILON = 1e-12
 """Only against division by zero: codes are integers, so a moment is zero or far above this."""
@@ -45,6 +47,7 @@ class State:
     spread_weight: float
     scale_exponent: int
     committed: int
+    pace: Pace
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def start(config: RunConfig) -> State:
     size = config.directions.pool_size
     empty = np.zeros(size)
     scale_exponent = codec.first_scale_exponent(config.codec.up)
-    return State(zeros(size), empty, empty, empty, empty, 0.0, 0.0, scale_exponent, 0)
+    paced = pace.start(config)
+    return State(zeros(size), empty, empty, empty, empty, 0.0, 0.0, scale_exponent, 0, paced)
 
 
 def advance(
@@ -93,6 +97,12 @@ def advance(
         feedback=feedback,
         scale_exponent=exponent,
         committed=state.committed + 1,
+        pace=pace.after(
+            config,
+            state.pace,
+            state.scale_exponent,
+            [reports[worker] for worker in sorted(reports)],
+        ),
     )
     if config.pool_after(after.committed) != config.pool_after(state.committed):
         after = _on_new_pool(after)

@@ -335,8 +335,11 @@ class Sequencer:
     def _carry_out(self, effect: rounds.Effect) -> tuple[list[Outgoing], list[rounds.Event]]:
         match effect:
             case rounds.StartRound(round_index, workers):
+                grows = self.config.estimator.max_batch_size > 0
                 start = wire.RoundStart(
-                    round_index=round_index, scale_exponent=self._optimizer.scale_exponent
+                    round_index=round_index,
+                    scale_exponent=self._optimizer.scale_exponent,
+                    batch_size=self._optimizer.pace.batch_size if grows else 0,
                 )
                 return [Outgoing(worker, Message(round_start=start)) for worker in workers], []
             case rounds.Reject(worker, round_index, why):

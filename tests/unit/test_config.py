@@ -282,6 +282,16 @@ def test_a_wrong_setting_is_named_with_what_to_do(
     ("sections", "field", "remedy"),
     [
         (
+            {"estimator": "batch_size = 16\nmax_batch_size = 8"},
+            "estimator.max_batch_size is below batch_size",
+            "or set it to 0",
+        ),
+        (
+            {"estimator": "max_batch_size = 64", "directions": 'mode = "own"'},
+            "estimator.max_batch_size grows batches",
+            'needs directions.mode = "shared"',
+        ),
+        (
             {"estimator": 'kind = "backprop"', "directions": 'mode = "own"'},
             'estimator "backprop"',
             'set directions.mode = "shared"',
@@ -308,6 +318,8 @@ def test_a_wrong_setting_is_named_with_what_to_do(
         ),
     ],
     ids=[
+        "small growth",
+        "growth of own",
         "backprop with own directions",
         "a large independent pool",
         "unbiased signs",
