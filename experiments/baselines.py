@@ -17,6 +17,9 @@ from lorand.config import ModelSection
 from lorand_worker import model
 from lorand_worker.data import Examples, Sampler
 
+DIVERGED = 3.0
+"""Loss, in nats, at which a run is given up; scored at least every `LOOK_EVERY` passes."""
+LOOK_EVERY = 400
 TABLE = 1 << 26
 """Gaussian draws from which a step's direction is a slice at a random place."""
 
@@ -51,11 +54,13 @@ def mezo(
     points = []
     started = time.monotonic()
     for step in range(forwards // 2 + 1):
-        if 2 * step in evaluate_at:
+        if 2 * step in evaluate_at or 2 * step % LOOK_EVERY == 0:
             spent = time.monotonic() - started
             score = quick.score(upper, test)
             points.append(Point(step, score, 2 * step, wall_s=round(spent, 2)))
             started = time.monotonic() - spent
+        if points[-1].score.loss > DIVERGED:
+            break
         batch = quick.batch(*texts.states(sampler.batch()))
         at = int(places.integers(TABLE - flat.numel()))
         direction = table[at : at + flat.numel()]

@@ -13,16 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from experiments import quick as short_cut
 from lorand import codec
+from lorand.codec import Floats
+from lorand.coefficients import add
 from lorand.config import RunConfig
+from lorand.directions import Indices
 from lorand.manifest import Identity, run_digest
 from lorand.replica import CopyReplica
 from lorand_coordinator import optimizer
 from lorand_coordinator.aggregation import Report
-from lorand_worker import estimators, model
+from lorand_worker import local_steps, model
 from lorand_worker.data import Examples, Sampler
+from lorand_worker.estimators import Loss, Order
+from lorand_worker.local_steps import Batches
+from lorand_worker.participant import encode
 from lorand_worker.tasks import Classification, Forward, Score
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,49 +76,91 @@ def run(
     """
     loaded = model.load(config.model, len(config.task.labels), source or minilm())
     identity = model.identity(loaded, config)
-    bench = _bench(config, loaded, identity, shards, test, forward, quick)
-    replica = bench.replica
-    estimator = estimators.build(config, replica, loaded.module)
-    samplers = [
-        Sampler(len(shard), config.estimator.batch_size, random.Random(f"{seed}/{i}"))
-        for i, shard in enumerate(shards)
-    ]
-    # The seed also moves the draws: another seed is another run.
-    draws = config.draws(run_digest(config.digest() + bytes([seed]), identity))
-    state = optimizer.start(config)
-    unbiased = config.codec.rounding == "unbiased"
-    source_of_rounding = np.random.default_rng(seed)
+    bench = (_short_bench if quick else _bench)(config, loaded, identity, shards, test, forward)
+    federation = _Federation(config, identity, bench, loaded.module, shards, seed)
     points = []
     started = time.monotonic()
     for round_index in range(config.run.rounds + 1):
         if round_index in evaluate_at:
             spent = time.monotonic() - started
-            points.append(_point(config, len(shards), round_index, bench.score(), spent))
+            points.append(_point(config, shards, round_index, bench.score(), spent))
             report(points[-1])
             started = time.monotonic() - spent
-        if round_index == config.run.rounds:
-            break
-        reports = {}
-        batches = [sampler.batch() for sampler in samplers]
-        losses = bench.losses(batches)
-        for worker, (loss, batch) in enumerate(zip(losses, batches, strict=True)):
-            measured = estimator.measure(loss, batch, draws.of(round_index, worker))
-            count = len(measured.values)
-            uniform = source_of_rounding.random(count) if unbiased else None
-            codes = codec.encode(config.codec.up, measured.values, state.scale_exponent, uniform)
-            reports[worker] = Report(codes, len(shards[worker]))
-        state, _ = optimizer.advance(config, draws, state, round_index, reports)
-        replica.set(state.coefficients)
+        if round_index < config.run.rounds:
+            federation.round(round_index)
     return points
 
 
 @dataclass(frozen=True)
-class Bench:
-    """How losses are measured: the replica, a round's loss functions by worker, and the score."""
+class _Bench:
+    """How losses are measured: the replica, a round's loss functions by worker, and the score.
+
+    `losses` are given what draws each worker's batches, and return it with the loss.
+    """
 
     replica: CopyReplica
-    losses: Callable[[Sequence[Sequence[int]]], Sequence[estimators.Loss]]
+    losses: Callable[[Sequence[Batches]], Sequence[tuple[Loss, Batches]]]
     score: Callable[[], Score]
+
+
+class _Federation:
+    """Workers and coordinator of a run, a round at a time."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        identity: Identity,
+        bench: _Bench,
+        module: nn.Module,
+        shards: Sequence[Examples],
+        seed: int,
+    ) -> None:
+        self._config, self._identity, self._bench = config, identity, bench
+        self._work = local_steps.build(config, bench.replica, module)
+        self._sizes = [len(shard) for shard in shards]
+        self._samplers = [
+            Sampler(size, config.estimator.batch_size, random.Random(f"{seed}/{i}"))
+            for i, size in enumerate(self._sizes)
+        ]
+        # The seed also moves the draws: another seed is another run.
+        self._draws = config.draws(run_digest(config.digest() + bytes([seed]), identity))
+        self._state = optimizer.start(config)
+        self._rounding = np.random.default_rng(seed)
+        self._forget()
+
+    def round(self, round_index: int) -> None:
+        """Have all workers measure, commit, and follow."""
+        config, replica = self._config, self._bench.replica
+        reports = {}
+        losses = self._bench.losses([sampler.batch for sampler in self._samplers])
+        for worker, (loss, batches) in enumerate(losses):
+            indices = self._draws.of(round_index, worker)
+            order = Order(indices, self._draws.importance(indices), round_index)
+            measured = self._work.do(loss, batches, order, self._sizes[worker])
+            reports[worker] = self._report(worker, indices, measured.values)
+        before = self._state.coefficients
+        self._state, update = optimizer.advance(
+            config, self._draws, self._state, round_index, reports
+        )
+        change = codec.delta(update.scale, update.codes)
+        self._draws = self._draws.after(update.indices, change)
+        if config.pool_after(round_index + 1) != config.pool_after(round_index):
+            last = add(before, update.indices, change)
+            replica.fold(last, config.pool(self._identity, config.pool_after(round_index + 1)))
+            self._forget()
+        replica.set(self._state.coefficients)
+
+    def _report(self, worker: int, indices: Indices, values: Floats) -> Report:
+        config, feedback = self._config, self._feedback[worker]
+        unbiased = config.codec.rounding == "unbiased"
+        uniform = self._rounding.random(len(indices)) if unbiased else None
+        coded = encode(config, values, self._state.scale_exponent, feedback[indices], uniform)
+        if config.keeps_feedback:
+            feedback[indices] = coded.lost
+        return Report(coded.codes, self._sizes[worker], coded.scale)
+
+    def _forget(self) -> None:
+        self._feedback = [np.zeros(self._config.directions.pool_size) for _ in self._sizes]
 
 
 def _bench(
@@ -121,10 +170,7 @@ def _bench(
     shards: Sequence[Examples],
     test: Examples,
     forward: Forward | None,
-    quick: bool,
-) -> Bench:
-    if quick:
-        return _quick_bench(config, loaded, identity, shards, test)
+) -> _Bench:
     replica = CopyReplica.of(loaded.module, identity.manifest, config.pool(identity))
     trainable = {spec.name for spec in identity.manifest.tensors}
 
@@ -135,53 +181,62 @@ def _bench(
         )
 
     tasks = [task(shard) for shard in shards]
-    held_out = task(test)
-    return Bench(replica, lambda batches: [part.loss for part in tasks], held_out.score)
+
+    def losses(batches: Sequence[Batches]) -> Sequence[tuple[Loss, Batches]]:
+        return [(part.loss, draw) for part, draw in zip(tasks, batches, strict=True)]
+
+    return _Bench(replica, losses, task(test).score)
 
 
-def _quick_bench(
+def _short_bench(
     config: RunConfig,
     loaded: model.LoadedModel,
     identity: Identity,
     shards: Sequence[Examples],
     test: Examples,
-) -> Bench:
-    assert config.estimator.kind in ("spsa", "one-sided")
+    forward: Forward | None,
+) -> _Bench:
+    assert config.estimator.kind in ("spsa", "one-sided"), "the short cut has no derivatives"
+    assert forward is None, "the short cut has its own precision"
     parameters = dict(loaded.module.named_parameters())
     replica = short_cut.LazyReplica(parameters, identity.manifest, config.pool(identity))
     kept = [short_cut.texts(loaded, part, config.model) for part in (*shards, test)]
     layers = int(config.model.trainable.removeprefix("last:"))
     upper = short_cut.Upper(loaded.module, layers, replica.write)
-    together = config.directions.mode == "shared"
+    same_weights = config.directions.mode == "shared" and not config.local.taken
 
-    def losses(batches: Sequence[Sequence[int]]) -> Sequence[estimators.Loss]:
-        ready = [part.states(batch) for part, batch in zip(kept, batches, strict=False)]
-        return short_cut.losses(upper, ready, together)
+    def losses(batches: Sequence[Batches]) -> Sequence[tuple[Loss, Batches]]:
+        if same_weights:
+            return short_cut.together(upper, kept[:-1], batches)
+        return [(short_cut.alone(upper, p), d) for p, d in zip(kept[:-1], batches, strict=True)]
 
-    return Bench(replica, losses, lambda: short_cut.score(upper, kept[-1]))
+    return _Bench(replica, losses, lambda: short_cut.score(upper, kept[-1]))
 
 
-def _point(config: RunConfig, workers: int, committed: int, score: Score, wall: float) -> Point:
-    size = payload(config, workers)
+def _point(
+    config: RunConfig, shards: Sequence[Examples], committed: int, score: Score, wall: float
+) -> Point:
+    size = payload(config, len(shards))
+    passes = max(forwards_a_round(config, len(shard)) for shard in shards)
     return Point(
         committed,
         score,
-        committed * forwards_a_round(config),
+        committed * passes,
         committed * size["bytes_up_a_worker_round"],
         committed * size["bytes_down_a_worker_round"],
         round(wall, 2),
     )
 
 
-def forwards_a_round(config: RunConfig) -> int:
+def forwards_a_round(config: RunConfig, examples: int = 1) -> int:
     """Return the forward passes of a participant in a round; a backward pass counts as two.
 
     So does the derivative that goes along in forward-mode differentiation.
     """
     n = config.estimator.directions_per_round
-    return {"spsa": 2 * n, "one-sided": n + 1, "forward": 3 * n, "backprop": 3}[
-        config.estimator.kind
-    ]
+    each = {"spsa": 2 * n, "one-sided": n + 1, "forward": 3 * n, "backprop": 3}
+    steps = local_steps.steps(config, examples) if config.local.taken else 1
+    return each[config.estimator.kind] * steps
 
 
 def payload(config: RunConfig, workers: int) -> dict[str, int]:

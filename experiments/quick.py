@@ -19,6 +19,7 @@ from lorand.config import ModelSection
 from lorand.replica import CopyReplica
 from lorand_worker.data import Examples
 from lorand_worker.estimators import Loss
+from lorand_worker.local_steps import Batches
 from lorand_worker.model import LoadedModel, PooledClassifier
 from lorand_worker.tasks import Score
 
@@ -130,14 +131,15 @@ class LazyReplica(CopyReplica):
         super().settle()
 
 
-def losses(upper: "Upper", ready: Sequence[States], together: bool) -> list[Loss]:
-    """Return the loss function of each worker for a round, on these states.
+def together(
+    upper: "Upper", parts: Sequence[Texts], batches: Sequence[Batches]
+) -> list[tuple[Loss, Batches]]:
+    """Return each worker's loss of a round in which their n-th losses are at the same weights.
 
-    `together`: the workers' n-th losses are at the same weights, so the first worker's call
-    computes all of them in one pass.
+    The first worker's call computes all of them in one pass.
     """
-    if not together:
-        return [_single(upper, batch(*states)) for states in ready]
+    drawn = [draw() for draw in batches]
+    ready = [part.states(indices) for part, indices in zip(parts, drawn, strict=True)]
     joined = batch(
         [state for states, _ in ready for state in states], torch.cat([y for _, y in ready])
     )
@@ -148,19 +150,26 @@ def losses(upper: "Upper", ready: Sequence[States], together: bool) -> list[Loss
         def loss(_: Sequence[int]) -> torch.Tensor:
             if not means[worker]:
                 upper.refresh()
-                for kept, part in zip(means, upper.losses(joined).split(sizes), strict=True):
+                for kept, part in zip(means, torch.split(upper.losses(joined), sizes), strict=True):
                     kept.append(part.mean())
             return means[worker].pop(0)
 
         return loss
 
-    return [loss_of(worker) for worker in range(len(ready))]
+    return [(loss_of(w), lambda indices=drawn[w]: indices) for w in range(len(parts))]  # type: ignore[misc]
 
 
-def _single(upper: "Upper", prepared: "Batch") -> Loss:
-    def loss(_: Sequence[int]) -> torch.Tensor:
+def alone(upper: "Upper", part: Texts) -> Loss:
+    """Return the loss of one worker; the last batch is kept as prepared."""
+    kept: dict[tuple[int, ...], Batch] = {}
+
+    def loss(indices: Sequence[int]) -> torch.Tensor:
+        key = tuple(indices)
+        if key not in kept:
+            kept.clear()
+            kept[key] = batch(*part.states(indices))
         upper.refresh()
-        return upper.losses(prepared).mean()
+        return upper.losses(kept[key]).mean()
 
     return loss
 

@@ -7,7 +7,8 @@ direction. A step is a vector of quanta; what its codes lose is kept as error fe
 
 learning_rate is in units of an unscaled weight. With `normalise` (SGD) and with Adam it is the
 root mean square by which a round changes such a weight, whatever K, model and loss are; without,
-w −= learning_rate · gradient estimate.
+w −= learning_rate · gradient estimate. Of local steps it is the share that is taken of their mean,
+and the schedule acts on the local rate instead.
 """
 
 from dataclasses import dataclass, replace
@@ -80,22 +81,42 @@ def advance(
     feedback = state.feedback.copy()
     feedback[estimate.indices] = wanted - change
     arrived = np.concatenate([reports[worker].codes for worker in sorted(reports)])
+    exponent = state.scale_exponent
+    if not config.local.taken:
+        exponent = codec.next_scale_exponent(config.codec.up, exponent, arrived)
     after = replace(
         moved,
         coefficients=add(state.coefficients, estimate.indices, change),
         feedback=feedback,
-        scale_exponent=codec.next_scale_exponent(config.codec.up, state.scale_exponent, arrived),
+        scale_exponent=exponent,
         committed=state.committed + 1,
     )
+    if config.pool_after(after.committed) != config.pool_after(state.committed):
+        after = _on_new_pool(after)
     return after, Update(estimate.indices, scale, codes)
+
+
+def _on_new_pool(state: State) -> State:
+    """What a coordinate of the old pool has gathered is of no use to the new one's."""
+    empty = np.zeros(len(state.first))
+    return replace(
+        state,
+        coefficients=zeros(len(empty)),
+        first=empty,
+        second=empty,
+        visits=empty,
+        feedback=empty,
+    )
 
 
 def _step(config: RunConfig, state: State, estimate: Estimate) -> tuple[State, Floats]:
     """Return the moved moments and the change of A at the estimate's indices, in weight units."""
     settings = config.optimizer
-    rate = settings.learning_rate * schedules.factor(
-        settings.schedule, state.committed, config.run.rounds, settings.warmup_rounds
-    )
+    rate = settings.learning_rate
+    if not estimate.walked:
+        rate *= schedules.factor(
+            settings.schedule, state.committed, config.run.rounds, settings.warmup_rounds
+        )
     if settings.kind == "adam":
         return _adam(config, state, estimate, rate)
     at, values = estimate.indices, estimate.values
@@ -106,7 +127,7 @@ def _step(config: RunConfig, state: State, estimate: Estimate) -> tuple[State, F
     weight = decay * state.spread_weight + (1 - decay)
     moved = replace(state, first=first, spread=spread, spread_weight=weight)
     if not settings.normalise:
-        return moved, -rate / estimate.measured * first[at]
+        return moved, -rate / (1 if estimate.walked else estimate.measured) * first[at]
     if spread == 0.0:
         return moved, np.zeros_like(values)
     typical = np.sqrt(spread / weight)

@@ -291,7 +291,7 @@ class Sequencer:
             return [self._reject(worker, 0, f"a worker does not send {kind or 'nothing'} here")]
         contribution = message.contribution
         try:
-            aggregation.unpack(self.config, contribution.codes)
+            aggregation.report(self.config, contribution)
         except ContributionError as error:
             return [self._reject(worker, contribution.round_index, str(error))]
         contribution.DiscardUnknownFields()
@@ -380,13 +380,7 @@ class Sequencer:
         return outgoing
 
     def _reports(self, stored: Iterable[pb.StoredContribution]) -> dict[int, aggregation.Report]:
-        return {
-            part.worker: aggregation.Report(
-                aggregation.unpack(self.config, part.contribution.codes),
-                part.contribution.examples,
-            )
-            for part in stored
-        }
+        return {part.worker: aggregation.report(self.config, part.contribution) for part in stored}
 
     def _pack_codes(self, update: optimizer.Update) -> bytes:
         return codec.pack(self.config.codec.down, update.codes)
@@ -413,7 +407,8 @@ class Sequencer:
     def _maybe_checkpoint(self) -> None:
         """Keep a checkpoint every so many commits. Failing to is not failing the round."""
         assert self._position is not None
-        if self._position.committed % self.config.service.checkpoint_every:
+        due = self._position.committed % self.config.service.checkpoint_every == 0
+        if not due or self.config.needs_history:
             return
         checkpoint = Checkpoint(
             sequence=self._position.next_sequence - 1,

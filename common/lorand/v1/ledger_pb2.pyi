@@ -280,6 +280,7 @@ class Contribution(_message.Message):
     CODES_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
     round_index: _builtins.int
     """The round it answers."""
     codes: _builtins.bytes
@@ -288,6 +289,10 @@ class Contribution(_message.Message):
     """Mean loss at the current weights, in nats; absent unless the run asks for telemetry."""
     examples: _builtins.int
     """Number of examples behind the scalars; absent unless contributions are weighted by it."""
+    scale: _builtins.int
+    """Quanta one code stands for, where participants take local steps: codes then say how far these
+    moved the coefficients. Absent elsewhere.
+    """
     def __init__(
         self,
         *,
@@ -295,10 +300,11 @@ class Contribution(_message.Message):
         codes: _builtins.bytes = ...,
         loss: _builtins.float | None = ...,
         examples: _builtins.int = ...,
+        scale: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "codes", b"codes", "examples", b"examples", "loss", b"loss", "round_index", b"round_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "codes", b"codes", "examples", b"examples", "loss", b"loss", "round_index", b"round_index", "scale", b"scale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
