@@ -18,26 +18,33 @@ def of_preset(
     labels: tuple[str, ...],
     workers: int,
     forwards: int,
-    learning_rate: float,
+    learning_rate: float | None,
     overrides: Overrides | None = None,
 ) -> RunConfig:
     """Return a preset's run that lasts for so many forward passes a worker.
 
-    Model, task, batch, length and learning rate are set here; `overrides` are what an experiment
-    varies. Everything else is the preset's.
+    Model, task, batch, length and learning rate (None: the preset's) are set here; `overrides` are
+    what an experiment varies. Everything else is the preset's.
     """
     content = RunConfig.parse(presets.render(name)).model_dump(mode="json")
+    content["task"] = {"labels": labels}
     content["run"] |= {"name": name, "rounds": 1}
     content["model"] |= MODEL
-    content["task"] |= {"labels": labels}
     content["estimator"] |= {"batch_size": BATCH}
     content["rounds"] |= {"quorum": workers}
-    content["optimizer"] |= {"learning_rate": learning_rate, "warmup_rounds": 0}
+    content["optimizer"] |= {"warmup_rounds": 0}
+    if learning_rate is not None:
+        content["optimizer"]["learning_rate"] = learning_rate
     for section, values in (overrides or {}).items():
         content[section] |= values
     a_round = federation.forwards_a_round(RunConfig.model_validate(content))
     content["run"]["rounds"] = max(1, forwards // a_round)
     return RunConfig.model_validate(content)
+
+
+def takes_local_steps(name: str) -> bool:
+    """Return whether participants of a preset take steps before they report."""
+    return RunConfig.parse(presets.render(name)).local.taken
 
 
 def marks(config: RunConfig, points: int) -> list[int]:

@@ -29,19 +29,21 @@ SEEDS = range(5)
 TUNING_SEED = 100
 MEZO = "mezo"
 LORAND = "lorand-zo"
-RATES = {MEZO: (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), LORAND: (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
-POINTS = {"tune": 2, "report": 20}
+RATES = {MEZO: (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), LORAND: (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+POINTS = {"tune": 1, "report": 10}
+ONE_SIDED = {"kind": "one-sided", "perturbation_scale": 0.001}
 SEARCH: dict[str, Overrides] = {
     "as it was": {},
+    "scale .001": {"estimator": {"perturbation_scale": 0.001}},
     "one-sided": {"estimator": {"kind": "one-sided"}},
-    "head x4": {"directions": {"head_scale": 4.0}},
-    "head x64": {"directions": {"head_scale": 64.0}},
-    "head x256": {"directions": {"head_scale": 256.0}},
-    "4 directions": {"estimator": {"directions_per_round": 4}},
-    "2 directions": {"estimator": {"directions_per_round": 2}},
-    "momentum .9": {"optimizer": {"momentum": 0.9}},
-    "adam": {"optimizer": {"kind": "adam"}},
-    "cosine": {"optimizer": {"schedule": "cosine"}},
+    "one-sided .001": {"estimator": ONE_SIDED},
+    "one-sided .001, 16": {"estimator": {**ONE_SIDED, "directions_per_round": 16}},
+    "one-sided .001, 4": {"estimator": {**ONE_SIDED, "directions_per_round": 4}},
+    "one-sided .001, head x4": {"estimator": ONE_SIDED, "directions": {"head_scale": 4.0}},
+    "one-sided .001, head x64": {"estimator": ONE_SIDED, "directions": {"head_scale": 64.0}},
+    "one-sided .001, momentum": {"estimator": ONE_SIDED, "optimizer": {"momentum": 0.9}},
+    "one-sided .001, adam": {"estimator": ONE_SIDED, "optimizer": {"kind": "adam"}},
+    "one-sided .001, cosine": {"estimator": ONE_SIDED, "optimizer": {"schedule": "cosine"}},
 }
 
 
