@@ -24,6 +24,7 @@ TABLE = 1 << 26
 """Gaussian draws from which a step's direction is a slice at a random place."""
 
 
+@torch.no_grad()
 def mezo(
     section: ModelSection,
     shard: Examples,

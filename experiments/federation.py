@@ -73,7 +73,7 @@ def run(
 ) -> list[Point]:
     """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches.
 
-    `quick` measures losses by `experiments.quick`: for estimators by forward passes alone.
+    `quick` measures losses by `experiments.quick`, in a fraction of the time.
     """
     loaded = model.load(config.model, len(config.task.labels), source or minilm())
     identity = model.identity(loaded, config)
@@ -198,14 +198,15 @@ def _short_bench(
     test: Examples,
     forward: Forward | None,
 ) -> _Bench:
-    assert config.estimator.kind in ("spsa", "one-sided"), "the short cut has no derivatives"
+    assert config.estimator.kind != "forward", "the short cut's attention has no forward mode"
     assert forward is None, "the short cut has its own precision"
     parameters = dict(loaded.module.named_parameters())
     replica = short_cut.LazyReplica(parameters, identity.manifest, config.pool(identity))
     kept = [short_cut.texts(loaded, part, config.model) for part in (*shards, test)]
     layers = int(config.model.trainable.removeprefix("last:"))
     upper = short_cut.Upper(loaded.module, layers, replica.write)
-    same_weights = config.directions.mode == "shared" and not config.local.taken
+    by_losses = config.estimator.kind != "backprop"
+    same_weights = by_losses and config.directions.mode == "shared" and not config.local.taken
 
     def losses(batches: Sequence[Batches]) -> Sequence[tuple[Loss, Batches]]:
         if same_weights:

@@ -216,14 +216,12 @@ class Upper:
         self._module = module
         self._copies = [_Copies(layer) for layer in list(encoder.encoder.layer)[-layers:]]
 
-    @torch.no_grad()
     def refresh(self) -> None:
-        """Copy the model's present weights."""
+        """Copy the model's present weights, in the graph where gradients are wanted."""
         self._write()
         for copies in self._copies:
             copies.refresh()
 
-    @torch.no_grad()
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return logits, shape (examples, labels), at the copied weights."""
         hidden = batch.hidden
@@ -241,58 +239,61 @@ class Upper:
     def _layer(self, w: "_Copies", hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         width = hidden.shape[1]
         mixed = functional.linear(hidden, w.qkv, w.qkv_bias)
-        seen = torch.zeros_like(hidden)
-        for group in batch.groups:
-            self._attend(mixed, seen, group)
+        parts = [self._attend(mixed[g.first : g.last], g) for g in batch.groups]
+        filling = hidden.new_zeros(len(hidden) - batch.groups[-1].last, width)
+        seen = torch.cat([*parts, filling])
         out = functional.linear(seen, w.out, w.out_bias)
         hidden = functional.layer_norm(out.add_(hidden), (width,), *w.norm1, self._epsilon)
         inner = functional.gelu(functional.linear(hidden, w.inner, w.inner_bias))
         out = functional.linear(inner, w.outer, w.outer_bias)
         return functional.layer_norm(out.add_(hidden), (width,), *w.norm2, self._epsilon)
 
-    def _attend(self, mixed: torch.Tensor, seen: torch.Tensor, group: _Alike) -> None:
-        inside, width = slice(group.first, group.last), seen.shape[1]
-        padded = mixed[inside].index_select(0, group.place)
+    def _attend(self, mixed: torch.Tensor, group: _Alike) -> torch.Tensor:
+        width = mixed.shape[1] // 3
+        padded = mixed.index_select(0, group.place)
         split = padded.view(len(group.mask), -1, 3, self._heads, width // self._heads)
         q, k, v = split.permute(2, 0, 3, 1, 4)
-        mixed_values = functional.scaled_dot_product_attention(q, k, v, attn_mask=group.mask)
-        flat = mixed_values.transpose(1, 2).reshape(-1, width)
-        torch.index_select(flat, 0, group.rows, out=seen[inside])
+        seen = functional.scaled_dot_product_attention(q, k, v, attn_mask=group.mask)
+        return seen.transpose(1, 2).reshape(-1, width).index_select(0, group.rows)
 
 
 class _Copies:
-    """bfloat16 copies of a layer's weights; query, key and value in one matrix."""
+    """A layer's weights in bfloat16: query, key and value in one matrix.
+
+    Without gradients they are kept in the same memory, else they are part of the graph.
+    """
 
     def __init__(self, layer: Any) -> None:
         attention = layer.attention
-        mix = attention.self
-        width = mix.query.weight.shape[1]
-        self.qkv = torch.empty(3 * width, width, dtype=torch.bfloat16)
-        self.qkv_bias = torch.empty(3 * width, dtype=torch.bfloat16)
-        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for place, part in enumerate((mix.query, mix.key, mix.value)):
-            inside = slice(place * width, (place + 1) * width)
-            pairs += [(self.qkv[inside], part.weight), (self.qkv_bias[inside], part.bias)]
-
-        def copy_of(tensor: torch.Tensor) -> torch.Tensor:
-            made = torch.empty_like(tensor, dtype=torch.bfloat16)
-            pairs.append((made, tensor))
-            return made
-
-        dense, inner, outer = attention.output.dense, layer.intermediate.dense, layer.output.dense
-        self.out, self.out_bias = copy_of(dense.weight), copy_of(dense.bias)
-        self.inner, self.inner_bias = copy_of(inner.weight), copy_of(inner.bias)
-        self.outer, self.outer_bias = copy_of(outer.weight), copy_of(outer.bias)
+        mix, dense = attention.self, attention.output.dense
+        joined = (mix.query, mix.key, mix.value)
+        inner, outer = layer.intermediate.dense, layer.output.dense
         first, second = attention.output.LayerNorm, layer.output.LayerNorm
-        self.norm1 = copy_of(first.weight), copy_of(first.bias)
-        self.norm2 = copy_of(second.weight), copy_of(second.bias)
-        self._pairs = pairs
+        single = (dense, inner, outer, first, second)
+        self._sources: list[list[torch.Tensor]] = [
+            [part.weight for part in joined],
+            [part.bias for part in joined],
+            *([tensor] for part in single for tensor in (part.weight, part.bias)),
+        ]
+        self._kept = [torch.cat(source).bfloat16().detach() for source in self._sources]
+        self._name(self._kept)
+
+    def _name(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.qkv, self.qkv_bias, self.out, self.out_bias = tensors[:4]
+        self.inner, self.inner_bias, self.outer, self.outer_bias = tensors[4:8]
+        self.norm1, self.norm2 = (tensors[8], tensors[9]), (tensors[10], tensors[11])
 
     def refresh(self) -> None:
-        for made, tensor in self._pairs:
-            made.copy_(tensor)
+        if torch.is_grad_enabled():
+            self._name([torch.cat([t.bfloat16() for t in source]) for source in self._sources])
+            return
+        for made, source in zip(self._kept, self._sources, strict=True):
+            for part, tensor in zip(made.chunk(len(source)), source, strict=True):
+                part.copy_(tensor)
+        self._name(self._kept)
 
 
+@torch.no_grad()
 def score(upper: Upper, texts: Texts) -> Score:
     """Return accuracy and loss over all texts at the model's present weights."""
     upper.refresh()
