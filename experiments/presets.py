@@ -24,7 +24,7 @@ from lorand.config import RunConfig
 
 STORE = Store("presets", __doc__.split("\n\n")[0])
 WORKERS: Final = 3
-FORWARDS: Final = 600
+FORWARDS: Final = 500
 SEEDS = range(5)
 TUNING_SEED: Final = 100
 TRIED: Final = tuple(3.0**power for power in (-2, -1, 0, 1, 2))
