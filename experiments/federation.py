@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from experiments import packing
 from experiments import quick as short_cut
 from lorand import codec
 from lorand.codec import Floats
@@ -207,7 +208,7 @@ def _short_bench(
     assert forward is None, "the short cut has its own precision"
     parameters = dict(loaded.module.named_parameters())
     replica = short_cut.LazyReplica(parameters, identity.manifest, config.pool(identity))
-    kept = [short_cut.texts(loaded, part, config.model) for part in (*shards, test)]
+    kept = [packing.texts(loaded, part, config.model) for part in (*shards, test)]
     layers = int(config.model.trainable.removeprefix("last:"))
     upper = short_cut.Upper(loaded.module, layers, replica.write)
     by_losses = config.estimator.kind != "backprop"
