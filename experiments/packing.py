@@ -1,8 +1,9 @@
 """Hidden states of texts below the trained layers, and batches of them without padding."""
 
-import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from lorand_worker.model import LoadedModel
 LINES = 32
 """Tokens of a pass are filled up to a multiple: products are prepared once a shape."""
 TOGETHER = 64
+FOLDER = os.environ.get("LORAND_STATES", "")
+"""Where hidden states are kept for other processes, in files; empty: nowhere."""
 GROUPS = 4
 """Parts of a batch that are padded apart for attention."""
 
@@ -66,17 +69,38 @@ class Texts:
 States = tuple[list[torch.Tensor], torch.Tensor]
 """Hidden states (tokens, width) of texts, and their labels (texts,)."""
 
-_kept: dict[bytes, list[torch.Tensor]] = {}
+_kept: dict[str, dict[str, torch.Tensor]] = {}
 
 
 def texts(loaded: LoadedModel, examples: Examples, section: ModelSection) -> Texts:
-    """Return the examples' states below the trained layers, computed once a process and text."""
+    """Return the examples' states below the trained layers, computed once a text."""
     depth = _depth(loaded, section.trainable)
-    named = f"{depth}|{section.max_length}|" + "|".join(examples.texts)
-    key = hashlib.sha256(named.encode()).digest()
-    if key not in _kept:
-        _kept[key] = _lower(loaded, examples, depth, section.max_length)
-    return Texts(_kept[key], examples.labels)
+    name = f"{section.name.replace('/', '_')}-{depth}-{section.max_length}"
+    known = _kept.setdefault(name, _from_file(name) if name not in _kept else {})
+    missing = [text for text in dict.fromkeys(examples.texts) if text not in known]
+    if missing:
+        states = _lower(loaded, missing, depth, section.max_length)
+        known.update(zip(missing, states, strict=True))
+        _to_file(name, known)
+    return Texts([known[text] for text in examples.texts], examples.labels)
+
+
+def _from_file(name: str) -> dict[str, torch.Tensor]:
+    if not FOLDER or not (path := Path(FOLDER) / f"{name}.pt").exists():
+        return {}
+    found = torch.load(path, weights_only=True)
+    return dict(zip(found["texts"], found["states"].split(found["lengths"]), strict=True))
+
+
+def _to_file(name: str, known: dict[str, torch.Tensor]) -> None:
+    if not FOLDER:
+        return
+    path = Path(FOLDER) / f"{name}.pt"
+    partial = path.with_suffix(f".{os.getpid()}")
+    states = torch.cat(list(known.values()))
+    lengths = [len(state) for state in known.values()]
+    torch.save({"texts": list(known), "lengths": lengths, "states": states}, partial)
+    partial.replace(path)
 
 
 def _depth(loaded: LoadedModel, trainable: str) -> int:
@@ -87,10 +111,12 @@ def _depth(loaded: LoadedModel, trainable: str) -> int:
 
 
 @torch.no_grad()
-def _lower(loaded: LoadedModel, examples: Examples, depth: int, length: int) -> list[torch.Tensor]:
+def _lower(
+    loaded: LoadedModel, texts: Sequence[str], depth: int, length: int
+) -> list[torch.Tensor]:
     """Run the layers below `depth` over all texts, in order of length."""
     encoder: Any = loaded.module.encoder
-    ids = loaded.tokenizer(list(examples.texts), truncation=True, max_length=length)["input_ids"]
+    ids = loaded.tokenizer(list(texts), truncation=True, max_length=length)["input_ids"]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     hidden: list[torch.Tensor] = [torch.empty(0)] * len(ids)
     upper, encoder.encoder.layer = encoder.encoder.layer, encoder.encoder.layer[:depth]
