@@ -50,7 +50,7 @@ ROWS: Final = {
     "feedsign": Row(3e-4),
     "fzoo": Row(1e-3),
     "ferret": Row(1e-4),
-    "lorand-zo": Row(1e-3),
+    "lorand-zo": Row(3e-4),
     "lorand-fo": Row(1e-3),
 }
 

@@ -30,9 +30,14 @@ SEEDS = range(5)
 TUNING_SEED = 100
 MEZO = "mezo"
 LORAND = "lorand-zo"
-RATES = {MEZO: (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), LORAND: (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)}
+RATES = {MEZO: (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), LORAND: (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)}
 POINTS = {"tune": 1, "report": 10}
 ONE_SIDED = {"kind": "one-sided", "perturbation_scale": 0.001}
+AS_IT_WAS: Overrides = {
+    "directions": {"head_scale": 16.0},
+    "estimator": {"perturbation_scale": 0.01},
+}
+"""The preset before this search: what SEARCH varies."""
 SEARCH: dict[str, Overrides] = {
     "as it was": {},
     "scale .001": {"estimator": {"perturbation_scale": 0.001}},
@@ -45,6 +50,14 @@ SEARCH: dict[str, Overrides] = {
     "one-sided .001, head x256": {"estimator": ONE_SIDED, "directions": {"head_scale": 256.0}},
     "scale .001, head x64": {
         "estimator": {"perturbation_scale": 0.001},
+        "directions": {"head_scale": 64.0},
+    },
+    "one-sided .0003, head x64": {
+        "estimator": {"kind": "one-sided", "perturbation_scale": 0.0003},
+        "directions": {"head_scale": 64.0},
+    },
+    "scale .001, head x64, 2": {
+        "estimator": {"perturbation_scale": 0.001, "directions_per_round": 2},
         "directions": {"head_scale": 64.0},
     },
     "one-sided .001, 16, head x64": {
@@ -95,7 +108,7 @@ def lorand(
 ) -> list[Point]:
     """Return the points of a run of the preset, or of a variant of it."""
     name = named(forwards) + (f", {variant}" if variant else "")
-    config = config_of(task, rate, forwards, SEARCH[variant] if variant else {})
+    config = config_of(task, rate, forwards, _varied(SEARCH[variant]) if variant else {})
 
     def measure() -> Sequence[Point]:
         data = tasks.load(task, workers=1, seed=seed, held_out=purpose == "tune")
@@ -103,6 +116,10 @@ def lorand(
         return run(config, data.shards, data.scored, seed=seed, evaluate_at=marks, quick=True)
 
     return STORE.fill(Cell(name, task, rate, seed, purpose), settings.plain(config), measure)
+
+
+def _varied(changes: Overrides) -> Overrides:
+    return {name: AS_IT_WAS.get(name, {}) | changes.get(name, {}) for name in AS_IT_WAS | changes}
 
 
 def config_of(task: str, rate: float, forwards: int, overrides: Overrides) -> RunConfig:
