@@ -136,7 +136,7 @@ class _Federation:
         size = self._state.pace.batch_size
         losses = self._bench.losses([partial(sampler.batch, size) for sampler in self._samplers])
         for worker, (loss, batches) in enumerate(losses):
-            indices = self._draws.of(round_index, worker)
+            indices = self._draws.of(round_index, worker, self._state.pace.directions)
             order = Order(indices, self._draws.importance(indices), round_index)
             measured = self._work.do(loss, batches, order, self._sizes[worker])
             reports[worker] = self._report(worker, indices, measured.values)

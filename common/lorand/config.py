@@ -35,7 +35,7 @@ ADDED_LATER: Final[dict[str, dict[str, object]]] = {
     "model": {"quantisation": "none"},
     "codec": {"rounding": "nearest"},
     "optimizer": {"warmup_rounds": 0, "spread_decay": 0.9, "clip_factor": 0.0, "refined": []},
-    "estimator": {"max_batch_size": 0},
+    "estimator": {"max_batch_size": 0, "max_directions_per_round": 0},
     "rounds": {"aggregation": "mean"},
     "directions": {"drawing": "uniform", "rotate_every": 0},
     "local": {
@@ -126,6 +126,7 @@ class EstimatorSection(_Section):
     max_batch_size: Annotated[int, Field(ge=0, le=65536)] = 0
     perturbation_scale: Annotated[float, Field(gt=0, le=1024, allow_inf_nan=False)] = 0.01
     directions_per_round: Count = 8
+    max_directions_per_round: Annotated[int, Field(ge=0, le=2**20)] = 0
 
 
 class LocalSection(_Section):
@@ -286,24 +287,34 @@ class RunConfig(_Section):
         )
 
     def _grown_wrongly(self) -> Iterator[tuple[bool, str]]:
-        """What cannot be of batches that grow."""
-        most = self.estimator.max_batch_size
+        """What cannot be of batches and of numbers of directions that grow."""
+        estimator = self.estimator
         yield (
-            0 < most < self.estimator.batch_size,
+            0 < estimator.max_batch_size < estimator.batch_size,
             "estimator.max_batch_size is below batch_size: raise it, or set it to 0 for batches "
             "that stay as they are",
         )
+        most = estimator.max_directions_per_round
         yield (
-            most > 0
+            0 < most < estimator.directions_per_round or most > self.directions.pool_size,
+            "estimator.max_directions_per_round must be directions_per_round to "
+            "directions.pool_size, or 0 for as many in each round",
+        )
+        yield (
+            most > 0 and estimator.kind == "backprop",
+            'estimator "backprop" measures all directions: set max_directions_per_round = 0',
+        )
+        yield (
+            (most > 0 or estimator.max_batch_size > 0)
             and (
                 self.directions.mode == "own"
                 or self.local.taken
                 or self.codec.up == "sign"
                 or self.rounds.quorum < 2
             ),
-            "estimator.max_batch_size grows batches by how far participants' scalars are apart: "
-            'that needs directions.mode = "shared", local.steps = 0, rounds.quorum of 2 or more '
-            'and a codec other than "sign"; or set it to 0',
+            "estimator.max_batch_size and max_directions_per_round follow from how far "
+            'participants\' scalars are apart: that needs directions.mode = "shared", local.steps '
+            '= 0, rounds.quorum of 2 or more and a codec other than "sign"; or set both to 0',
         )
 
     def _taken_wrongly(self) -> Iterator[tuple[bool, str]]:

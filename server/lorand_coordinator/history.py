@@ -52,7 +52,8 @@ def _rounds(config: RunConfig, store: SqliteStore) -> Iterator[Round]:
             parts = store.contributions(entry.sequence)
             ledger.check_contributions(entry, parts)
             stored = [pb.StoredContribution.FromString(part) for part in parts]
-            reports = {part.worker: report(config, part.contribution) for part in stored}
+            count = entry.commit.directions
+            reports = {part.worker: report(config, part.contribution, count) for part in stored}
             yield Round(entry.round_index, entry.commit.scale_exponent, reports)
     finally:
         store.close()

@@ -243,6 +243,7 @@ WRONG: Final[list[tuple[str, str, str, str]]] = [
     ("estimator", "perturbation_scale = 1e300", "estimator.perturbation_scale", "less than"),
     ("estimator", "perturbation_scale = 1e-12", "estimator.perturbation_scale", "raise one"),
     ("estimator", "directions_per_round = 5000", "estimator.directions_per_round", "pool_size"),
+    ("estimator", "max_directions_per_round = 4", "estimator", "directions_per_round to "),
     ("codec", "up = 'int4'", "codec.up", "should be 'int8', 'log8', 'sign' or"),
     ("codec", "down = 'log8'", "codec.down", "should be 'int8', 'sign' or 'int32'"),
     ("codec", "rounding = 'up'", "codec.rounding", "should be 'nearest' or 'unbiased'"),
@@ -288,7 +289,7 @@ def test_a_wrong_setting_is_named_with_what_to_do(
         ),
         (
             {"estimator": "max_batch_size = 64", "directions": 'mode = "own"'},
-            "estimator.max_batch_size grows batches",
+            "estimator.max_batch_size and max_directions_per_round follow",
             'needs directions.mode = "shared"',
         ),
         (
