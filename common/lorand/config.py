@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lorand.codec import Codec, DeltaCodec, Rounding
 from lorand.coefficients import check_size, quanta
@@ -18,10 +18,13 @@ from lorand.directions import Draws, Family, Pool, pool_key
 from lorand.errors import ConfigError
 from lorand.manifest import Identity
 from lorand.schedules import Schedule
+from lorand.sections import ModelSection as ModelSection
+from lorand.sections import Quantisation as Quantisation
+from lorand.sections import Section
+from lorand.sections import TaskSection as TaskSection
 
 PROTOCOL_VERSION = 1
 
-Quantisation = Literal["none", "int8", "nf4"]
 EstimatorKind = Literal["spsa", "one-sided", "forward", "backprop"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -31,6 +34,12 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 ADDED_LATER: Final[dict[str, dict[str, object]]] = {
     "model": {"quantisation": "none"},
+    "task": {
+        "template": "",
+        "label_words": [],
+        "prompt_column": "prompt",
+        "answer_column": "answer",
+    },
     "codec": {"rounding": "nearest"},
     "optimizer": {"warmup_rounds": 0, "spread_decay": 0.9},
     "rounds": {"aggregation": "mean"},
@@ -38,11 +47,7 @@ ADDED_LATER: Final[dict[str, dict[str, object]]] = {
 """Settings that the first runs did not have: at these values they are not part of the identity."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-class RunSection(_Section):
+class RunSection(Section):
     """Name and length of the run."""
 
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$")]
@@ -50,36 +55,7 @@ class RunSection(_Section):
     adopt_first_worker: bool = False
 
 
-class ModelSection(_Section):
-    """The base model and which of its parameters are trained."""
-
-    name: str
-    revision: str = "main"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantisation: Quantisation = "none"
-    trainable: str = "all"
-    head: Literal["auto", "own", "pooled"] = "auto"
-    feature_scale: Positive = 10.0
-    max_length: Annotated[int, Field(ge=4, le=32768)] = 128
-
-
-class TaskSection(_Section):
-    """What is learned: single-label classification of a text."""
-
-    kind: Literal["classification"] = "classification"
-    labels: Annotated[tuple[str, ...], Field(min_length=2, max_length=10_000)]
-    text_column: str = "text"
-    label_column: str = "label"
-
-    @field_validator("labels")
-    @classmethod
-    def _distinct(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(labels)) != len(labels):
-            raise ValueError("every label is listed once")
-        return labels
-
-
-class DirectionsSection(_Section):
+class DirectionsSection(Section):
     """The seed pool, and who measures which of its directions."""
 
     family: Family = "hadamard"
@@ -103,7 +79,7 @@ class DirectionsSection(_Section):
         return scale
 
 
-class EstimatorSection(_Section):
+class EstimatorSection(Section):
     """How a worker measures; see `lorand_worker.estimators`."""
 
     kind: EstimatorKind
@@ -112,7 +88,7 @@ class EstimatorSection(_Section):
     directions_per_round: Count = 8
 
 
-class CodecSection(_Section):
+class CodecSection(Section):
     """Codes up (contributions) and down (ΔA), and how workers round to them."""
 
     up: Codec = "int8"
@@ -120,7 +96,7 @@ class CodecSection(_Section):
     rounding: Rounding = "nearest"
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     """The coordinator's optimizer on the K numbers; see `lorand_coordinator.optimizer`."""
 
     kind: Literal["sgd", "adam"] = "sgd"
@@ -134,7 +110,7 @@ class OptimizerSection(_Section):
     warmup_rounds: Annotated[int, Field(ge=0)] = 0
 
 
-class RoundsSection(_Section):
+class RoundsSection(Section):
     """When a round may start and commit."""
 
     quorum: Annotated[int, Field(ge=1, le=100_000)]
@@ -145,7 +121,7 @@ class RoundsSection(_Section):
     telemetry: Literal["loss", "none"] = "loss"
 
 
-class ServiceSection(_Section):
+class ServiceSection(Section):
     """Operation of the coordinator: not part of the run's identity."""
 
     address: str = "127.0.0.1:7700"
@@ -160,7 +136,7 @@ class ServiceSection(_Section):
     drain_s: Positive = 5.0
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One run. Build it with `load`, `parse` or `from_json`; all raise ConfigError."""
 
     run: RunSection
@@ -195,6 +171,11 @@ class RunConfig(_Section):
             raise ValueError(
                 'codec.up = "sign" keeps only signs, which cannot be unbiased: set '
                 'codec.rounding = "nearest", or codec.up = "int8" or "log8"'
+            )
+        if self.task.kind != "classification" and self.model.head != "auto":
+            raise ValueError(
+                f'model.head = "{self.model.head}" is a new head, which task.kind = '
+                f'"{self.task.kind}" does without: set model.head = "auto"'
             )
         if self.optimizer.warmup_rounds >= self.run.rounds:
             raise ValueError(
