@@ -21,7 +21,7 @@ from lorand_coordinator import optimizer
 from lorand_coordinator.aggregation import Report
 from lorand_worker import estimators, model
 from lorand_worker.data import Examples, Sampler
-from lorand_worker.tasks import Classification, Forward, Score
+from lorand_worker.tasks import Forward, Score, Task, build
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("LORAND_DATA", ROOT.parent / "shared" / "data"))
@@ -54,17 +54,15 @@ def run(
     forward: Forward | None = None,
 ) -> list[Point]:
     """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches."""
-    loaded = model.load(config.model, len(config.task.labels), source or minilm())
+    kind = config.task.kind
+    loaded = model.load(config.model, len(config.task.labels), source or minilm(), kind=kind)
     identity = model.identity(loaded, config)
     replica = CopyReplica.of(loaded.module, identity.manifest, config.pool(identity))
     estimator = estimators.build(config, replica, loaded.module)
     trainable = {spec.name for spec in identity.manifest.tensors}
 
-    def task(examples: Examples) -> Classification:
-        length = config.model.max_length
-        return Classification(
-            loaded, examples, trainable=trainable, max_length=length, forward=forward
-        )
+    def task(examples: Examples) -> Task:
+        return build(loaded, config, examples, trainable=trainable, forward=forward)
 
     tasks = [task(shard) for shard in shards]
     samplers = [

@@ -14,12 +14,12 @@ from lorand.errors import ConfigError
 from lorand.layerwise import LayerwiseReplica
 from lorand.manifest import Identity, Manifest
 from lorand.replica import DTYPES, CopyReplica, Replica
-from lorand_worker import estimators, memory, model, quantisation
-from lorand_worker.data import Examples, Sampler
+from lorand_worker import estimators, memory, model, quantisation, tasks
+from lorand_worker.data import Examples, Pairs, Sampler
 from lorand_worker.estimators import Measurement
 from lorand_worker.memory import Weights
 from lorand_worker.model import LoadedModel
-from lorand_worker.tasks import Classification, Forward, Score
+from lorand_worker.tasks import Forward, Score, Task
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ def load_base(
     device = parse_device(device_name)
     if config.estimator.kind == "forward" and weights == Weights.AUTO:
         weights = Weights.COPY  # it differentiates along whole weights
-    loaded = model.load(config.model, len(config.task.labels), source)
+    task = config.task
+    loaded = model.load(config.model, len(task.labels), source, kind=task.kind)
     loaded = replace(loaded, stored={name: q.on(device) for name, q in loaded.stored.items()})
     identity = model.identity(loaded, config)
     module, pool = loaded.module, config.pool(identity)
@@ -98,16 +99,12 @@ def parse_device(name: str) -> torch.device:
 
 
 def task_for(
-    base: Base, config: RunConfig, examples: Examples, forward: Forward | None = None
-) -> Classification:
+    base: Base, config: RunConfig, examples: Examples | Pairs, forward: Forward | None = None
+) -> Task:
     """Return the run's task on these examples."""
-    return Classification(
-        base.loaded,
-        examples,
-        trainable={spec.name for spec in base.identity.manifest.tensors},
-        max_length=config.model.max_length,
-        device=base.device,
-        forward=forward,
+    trainable = {spec.name for spec in base.identity.manifest.tensors}
+    return tasks.build(
+        base.loaded, config, examples, trainable=trainable, device=base.device, forward=forward
     )
 
 
@@ -118,7 +115,7 @@ class ModelBench:
         self,
         base: Base,
         config: RunConfig,
-        examples: Examples,
+        examples: Examples | Pairs,
         source: random.Random | None = None,
         forward: Forward | None = None,
     ) -> None:

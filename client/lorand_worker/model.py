@@ -1,4 +1,4 @@
-"""Load a base model for classification, choose its trainable tensors, and name its identity."""
+"""Load a base model for a task, choose its trainable tensors, and name its identity."""
 
 import hashlib
 import json
@@ -20,47 +20,14 @@ from lorand.kernels.reference import signs
 from lorand.layers import Absent
 from lorand.manifest import Identity, Manifest, TensorSpec, select_trainable
 from lorand.replica import DTYPES, tensor_bytes
+from lorand.sections import TaskKind
+from lorand_worker.heads import LanguageModel, OwnClassifier, PooledClassifier
 from lorand_worker.quantisation import Quantised, quantise_layers
 
 HEAD_KEY = (0x4C6F5261, 0x6E644831)
 """Key of the signs that start the inner layers of a new multi-layer head ("LoRa", "ndH1")."""
 _BODY = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks)\.\d+\.|embed|wte")
 """Parts of a model that must come from its checkpoint."""
-
-
-class PooledClassifier(nn.Module):
-    """Encoder → mean over tokens → unit length × feature_scale → linear head (zero at first)."""
-
-    def __init__(
-        self, encoder: nn.Module, width: int, num_labels: int, feature_scale: float
-    ) -> None:
-        """Build the head; the encoder's pooler, if any, is not used."""
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(width, num_labels)
-        self.feature_scale = feature_scale
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Return logits, shape (batch, num_labels), from token ids of shape (batch, length)."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
-        unit = nn.functional.normalize(mean, dim=-1)
-        return torch.as_tensor(self.head(unit * self.feature_scale))
-
-
-class OwnClassifier(nn.Module):
-    """A Hugging Face sequence-classification model with its own head."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Wrap the model."""
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Return logits, shape (batch, num_labels)."""
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask)
-        return torch.as_tensor(output.logits)
 
 
 @dataclass(frozen=True)
@@ -76,16 +43,23 @@ class LoadedModel:
     stored: dict[str, Quantised] = field(default_factory=dict)
 
 
-def load(section: ModelSection, num_labels: int, source: str | Path | None = None) -> LoadedModel:
+def load(
+    section: ModelSection,
+    num_labels: int,
+    source: str | Path | None = None,
+    *,
+    kind: TaskKind = "classification",
+) -> LoadedModel:
     """Load model and tokenizer by name, folder or revision; safetensors only, no remote code.
 
-    `source` replaces the run's model name on this machine (a local copy). Dropout is off. New head
-    weights start alike everywhere: zero in the last layer. Raises ModelError.
+    `source` replaces the run's model name on this machine (a local copy), `kind` is the task's: a
+    classifier of `num_labels`, or a language model with its own vocabulary. Dropout is off. New
+    head weights start alike everywhere: zero in the last layer. Raises ModelError.
     """
     name = str(source or section.name)
     try:
         with _quiet_transformers():
-            return _load(section, num_labels, name)
+            return _load(section, num_labels, name, kind)
     except ModelError:
         raise
     except Exception as error:  # transformers raises many kinds for one cause: it cannot load.
@@ -96,7 +70,7 @@ def load(section: ModelSection, num_labels: int, source: str | Path | None = Non
         ) from error
 
 
-def _load(section: ModelSection, num_labels: int, name: str) -> LoadedModel:
+def _load(section: ModelSection, num_labels: int, name: str, kind: TaskKind) -> LoadedModel:
     import transformers
 
     common = {"revision": section.revision, "trust_remote_code": False}
@@ -110,11 +84,27 @@ def _load(section: ModelSection, num_labels: int, name: str) -> LoadedModel:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     options = {**common, "use_safetensors": True, "dtype": DTYPES[section.dtype]}
+    if kind == "classification":
+        module, new = _classifier(section, num_labels, name, config, options)
+        _name_padding(module, tokenizer)
+    else:
+        module, new = _language_model(name, kind, config, options), set()
+    _start_alike(module, new, num_labels)
+    _forget_calls(module)
+    stored = quantise_layers(module, section.quantisation)
+    return LoadedModel(module.eval(), tokenizer, frozenset(new), stored)
+
+
+def _classifier(
+    section: ModelSection, num_labels: int, name: str, config: Any, options: dict[str, Any]
+) -> tuple[nn.Module, set[str]]:
+    """A classifier, and the names of its tensors that the checkpoint did not have."""
+    import transformers
+
     own = section.head == "own" or (
         section.head == "auto"
         and any(a.endswith("ForSequenceClassification") for a in config.architectures or [])
     )
-    module: nn.Module
     if own:
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             name,
@@ -123,18 +113,44 @@ def _load(section: ModelSection, num_labels: int, name: str) -> LoadedModel:
             output_loading_info=True,
             **options,
         )
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
-        module, new = OwnClassifier(model), {f"model.{key}" for key in _fresh(info)}
-    else:
-        encoder, info = _load_encoder(transformers, name, options)
-        module = PooledClassifier(encoder, config.hidden_size, num_labels, section.feature_scale)
-        module.head.to(DTYPES[section.dtype])
-        new = {"head.weight", "head.bias", *(f"encoder.{key}" for key in _fresh(info))}
-    _start_alike(module, new, num_labels)
-    _forget_calls(module)
-    stored = quantise_layers(module, section.quantisation)
-    return LoadedModel(module.eval(), tokenizer, frozenset(new), stored)
+        return OwnClassifier(model), {f"model.{key}" for key in _fresh(info)}
+    encoder, info = _load_encoder(transformers, name, options)
+    module = PooledClassifier(encoder, config.hidden_size, num_labels, section.feature_scale)
+    module.head.to(DTYPES[section.dtype])
+    return module, {"head.weight", "head.bias", *(f"encoder.{key}" for key in _fresh(info))}
+
+
+def _name_padding(module: nn.Module, tokenizer: Any) -> None:
+    """Tell a classifier of its own what padding is: some read their answer before it."""
+    config: Any = getattr(getattr(module, "model", None), "config", None)
+    if config is not None and config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+
+
+def _language_model(
+    name: str, kind: TaskKind, config: Any, options: dict[str, Any]
+) -> LanguageModel:
+    """A masked or causal language model, as the checkpoint's config says."""
+    import transformers
+
+    found = config.architectures or []
+    causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in found)
+    masked = any(a.endswith(("ForMaskedLM", "ForPreTraining")) for a in found)
+    if not causal and (not masked or kind == "causal-lm"):
+        wanted = "causal" if kind == "causal-lm" else "masked or causal"
+        raise ModelError(
+            f'task.kind = "{kind}" needs a {wanted} language model, but {name!r} was saved as '
+            f"{' and '.join(found) or 'nothing that its config names'}; name another model, or set "
+            'task.kind = "classification"'
+        )
+    kinds = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
+    model, info = kinds.from_pretrained(name, output_loading_info=True, **options)
+    if fresh := sorted(_fresh(info)):
+        raise ModelError(
+            f"the weights of {name!r} lack {fresh[0]!r}, a part of what predicts words; name a "
+            'checkpoint of the whole language model, or set task.kind = "classification"'
+        )
+    return LanguageModel(model, masked=not causal)
 
 
 def _load_encoder(
