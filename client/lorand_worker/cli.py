@@ -35,7 +35,9 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Address = Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.")]
-Data = Annotated[Path, typer.Option(help="CSV, TSV or JSONL file with a text and a label column.")]
+Data = Annotated[
+    Path, typer.Option(help="CSV, TSV or JSONL file with the columns of the run's [task].")
+]
 Model = Annotated[Path | None, typer.Option(help="Local copy of the run's model.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
 KeptWeights = Annotated[
@@ -249,7 +251,8 @@ def evaluate(
     if score is not None:
         _result(
             {"accuracy": score.accuracy, "loss": score.loss, "examples": score.examples},
-            f"accuracy {score.accuracy:.4f}, loss {score.loss:.4f} on {score.examples} examples",
+            f"{'token ' * (config.task.kind == 'causal-lm')}accuracy {score.accuracy:.4f}, "
+            f"loss {score.loss:.4f} on {score.examples} examples",
             json_output,
         )
 

@@ -63,18 +63,28 @@ class LanguageModel(nn.Module):
 
         Without places at every token, shape (batch, length, vocabulary).
         """
-        model: Any = self.model
-        output = model.get_output_embeddings() if places is not None else None
 
         def choose(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             return (inputs[0][places], *inputs[1:])
 
-        hook = output.register_forward_pre_hook(choose) if output is not None else None
+        head = None if places is None else self._head()
+        hook = None if head is None else head.register_forward_pre_hook(choose)
         try:
-            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
         finally:
             if hook is not None:
                 hook.remove()
-        # A model that does not name its output layer has answered everywhere.
+        # A model whose head is not found has answered everywhere.
         chosen = logits if places is None or logits.dim() == 2 else logits[places]
         return torch.as_tensor(chosen)
+
+    def _head(self) -> nn.Module | None:
+        """The model's own part that ends in the output layer.
+
+        Not the output layer itself: a backward pass that runs layers again may run all of that part
+        again, when the choice of places is over.
+        """
+        model: Any = self.model
+        output = model.get_output_embeddings()
+        parts = [part for part in model.children() if any(m is output for m in part.modules())]
+        return parts[0] if output is not None and len(parts) == 1 else None

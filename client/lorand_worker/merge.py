@@ -9,6 +9,7 @@ from torch import nn
 
 from lorand.errors import ModelError
 from lorand.ledger import Position
+from lorand.sections import PLAIN_TEMPLATE
 from lorand_worker.heads import LanguageModel, OwnClassifier, PooledClassifier
 from lorand_worker.model import LoadedModel
 
@@ -31,7 +32,8 @@ def save(loaded: LoadedModel, position: Position, folder: Path) -> Path:
             _pretrained(module.model).save_pretrained(folder, safe_serialization=True)
         elif isinstance(module, LanguageModel):
             _pretrained(module.model).save_pretrained(folder, safe_serialization=True)
-            asked = {"template": task.template, "labels": labels, "label_words": task.label_words}
+            template = task.template or PLAIN_TEMPLATE
+            asked = {"template": template, "labels": labels, "label_words": task.label_words}
             (folder / "prompt.json").write_text(json.dumps(asked, indent=1), encoding="utf-8")
         else:
             assert isinstance(module, PooledClassifier)

@@ -318,6 +318,48 @@ def test_own_head_own_directions_and_the_first_workers_identity(
     assert model.config.id2label == dict(enumerate(tiny.LABELS))
 
 
+LANGUAGE: dict[str, dict[str, Any]] = {
+    "masked_model": {
+        "kind": "label-words",
+        "labels": list(tiny.LABELS),
+        "template": "it was {mask} , {text}",
+        "label_words": ["awful", "great"],
+    },
+    "causal_model": {"kind": "causal-lm", "prompt_column": "text", "answer_column": "label"},
+}
+
+
+@pytest.mark.parametrize("fixture", LANGUAGE)
+def test_language_models(make_room: MakeRoom, request: pytest.FixtureRequest, fixture: str) -> None:
+    """Label words and answers: the same bits, a posted score, and a model that transformers opens.
+
+    All weights are trained, a tied output layer among them, layer by layer or beside a copy.
+    """
+    import transformers
+
+    content = tiny.settings("spsa", run={"rounds": 4}, model={"trainable": "all"})
+    content["task"] = LANGUAGE[fixture]
+    room = make_room(content, model=request.getfixturevalue(fixture)).lock()
+    with room.coordinator() as (_, address):
+        kept = dict(zip(tiny.DOMAINS, ("copy", "layerwise", "auto"), strict=True))
+        workers = [room.join(address, name, "--weights", kept[name]) for name in kept]
+        results = [worker.result() for worker in workers]
+        data = ("--data", room.data["test"], "--model", room.model)
+        score = room.once("lr-worker", "evaluate", address, *data, "--threads", 1)
+    assert_same_bits(room, results)
+    assert score["examples"] == 60
+    into = (room.folder / "adapter", "--merged", "--model", room.model)
+    wrote = room.once("lr-worker", "export", room.export(), *into)
+    assert wrote["weights_digest"] == results[0]["weights_digest"]
+    merged = Path(wrote["merged"])
+    causal = fixture == "causal_model"
+    kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
+    model = kind.from_pretrained(merged)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    asked = json.loads((merged / "prompt.json").read_text())
+    assert asked["label_words"] == content["task"].get("label_words", [])
+
+
 def test_interrupted_and_terminated_it_leaves_cleanly_and_goes_on(make_room: MakeRoom) -> None:
     """Ctrl-C of a worker, SIGTERM of the coordinator, the same commands again."""
     room = make_room(tiny.settings("backprop", run={"rounds": 4}, rounds={"start_with": 2})).lock()
