@@ -21,6 +21,7 @@ from lorand.layers import Absent
 from lorand.manifest import Identity, Manifest, TensorSpec, select_trainable
 from lorand.replica import DTYPES, tensor_bytes
 from lorand.sections import TaskKind
+from lorand_worker import peft_layers
 from lorand_worker.heads import LanguageModel, OwnClassifier, PooledClassifier
 from lorand_worker.quantisation import Quantised, quantise_layers
 
@@ -35,12 +36,14 @@ class LoadedModel:
     """A base model ready for a run; `new_names` are tensors the checkpoint did not have.
 
     `stored` are quantised weights by name; the module holds stand-ins for them (`layers.Absent`).
+    `adapted` are the parameters of adapters: if there are any, only they and new ones are trained.
     """
 
     module: nn.Module
     tokenizer: Any
     new_names: frozenset[str]
     stored: dict[str, Quantised] = field(default_factory=dict)
+    adapted: frozenset[str] = frozenset()
 
 
 def load(
@@ -91,8 +94,9 @@ def _load(section: ModelSection, num_labels: int, name: str, kind: TaskKind) -> 
         module, new = _language_model(name, kind, config, options), set()
     _start_alike(module, new, num_labels)
     _forget_calls(module)
-    stored = quantise_layers(module, section.quantisation)
-    return LoadedModel(module.eval(), tokenizer, frozenset(new), stored)
+    adapted = peft_layers.attach(module, section)
+    stored = quantise_layers(module, section.quantisation, beside=adapted)
+    return LoadedModel(module.eval(), tokenizer, frozenset(new), stored, adapted)
 
 
 def _classifier(
@@ -210,8 +214,13 @@ def _forget_calls(module: nn.Module) -> None:
 
 
 def trainable_tensors(model: LoadedModel, rule: str) -> dict[str, torch.Tensor]:
-    """Return the parameters that the rule selects, tied ones once, in the model's order."""
+    """Return the parameters that the rule selects, tied ones once, in the model's order.
+
+    Adapters were put where it selects: then they are what is trained, and a new head.
+    """
     parameters = dict(model.module.named_parameters())
+    if model.adapted:
+        return {n: p for n, p in parameters.items() if n in model.adapted | model.new_names}
     return {name: parameters[name] for name in select_trainable(list(parameters), rule)}
 
 

@@ -33,7 +33,13 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 ADDED_LATER: Final[dict[str, dict[str, object]]] = {
-    "model": {"quantisation": "none"},
+    "model": {
+        "quantisation": "none",
+        "adapter": "none",
+        "adapter_rank": 8,
+        "adapter_alpha": 0.0,
+        "adapter_targets": [],
+    },
     "task": {
         "template": "",
         "label_words": [],
@@ -171,6 +177,11 @@ class RunConfig(Section):
             raise ValueError(
                 'codec.up = "sign" keeps only signs, which cannot be unbiased: set '
                 'codec.rounding = "nearest", or codec.up = "int8" or "log8"'
+            )
+        if self.model.adapter == "randlora" and self.estimator.kind == "forward":
+            raise ValueError(
+                'model.adapter = "randlora" has no forward-mode derivative: set '
+                'estimator.kind = "spsa" or "backprop", or model.adapter = "lora"'
             )
         if self.task.kind != "classification" and self.model.head != "auto":
             raise ValueError(

@@ -27,9 +27,23 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantisation: Quantisation = "none"
     trainable: str = "all"
+    adapter: Literal["none", "lora", "randlora"] = "none"
+    adapter_rank: Annotated[int, Field(ge=1, le=4096)] = 8
+    adapter_alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    adapter_targets: tuple[str, ...] = ()
     head: Literal["auto", "own", "pooled"] = "auto"
     feature_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
     max_length: Annotated[int, Field(ge=4, le=32768)] = 128
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _starts_without_data(cls, adapter: object) -> object:
+        if adapter in ("lora-ga", "lora_ga", "eva", "corda"):
+            raise ValueError(
+                f'"{adapter}" starts from gradients or activations of data, which every machine '
+                'would have to have alike: use "lora", or train all weights with adapter = "none"'
+            )
+        return adapter
 
 
 class TaskSection(Section):

@@ -360,6 +360,34 @@ def test_language_models(make_room: MakeRoom, request: pytest.FixtureRequest, fi
     assert asked["label_words"] == content["task"].get("label_words", [])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "randlora"])
+def test_adapters_of_peft(make_room: MakeRoom, own_model: Path, kind: str) -> None:
+    """The same bits, and merged they are an ordinary classifier."""
+    import torch
+    import transformers
+
+    adapter_of = {"adapter": kind, "adapter_rank": 4}
+    content = tiny.settings("backprop", run={"rounds": 4}, model=adapter_of)
+    room = make_room(content, model=own_model).lock()
+    with room.coordinator() as (_, address):
+        kept = dict(zip(tiny.DOMAINS, ("copy", "layerwise", "auto"), strict=True))
+        workers = [room.join(address, name, "--weights", kept[name]) for name in kept]
+        results = [worker.result() for worker in workers]
+    assert_same_bits(room, results)
+    into = (room.folder / "adapter", "--merged", "--model", own_model)
+    wrote = room.once("lr-worker", "export", room.export(), *into)
+    assert wrote["weights_digest"] == results[0]["weights_digest"]
+    kinds = transformers.AutoModelForSequenceClassification
+    before, after = (kinds.from_pretrained(folder) for folder in (own_model, wrote["merged"]))
+    changed = {
+        name.rsplit(".", 3)[-2]
+        for name, tensor in after.named_parameters()
+        if not torch.equal(tensor, before.get_parameter(name))
+    }
+    assert changed == {"query", "key", "value", "dense"}
+
+
 def test_interrupted_and_terminated_it_leaves_cleanly_and_goes_on(make_room: MakeRoom) -> None:
     """Ctrl-C of a worker, SIGTERM of the coordinator, the same commands again."""
     room = make_room(tiny.settings("backprop", run={"rounds": 4}, rounds={"start_with": 2})).lock()
