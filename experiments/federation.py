@@ -15,7 +15,7 @@ import numpy as np
 
 from lorand import codec
 from lorand.config import RunConfig
-from lorand.manifest import run_digest
+from lorand.manifest import Identity, run_digest
 from lorand.replica import CopyReplica
 from lorand_coordinator import optimizer
 from lorand_coordinator.aggregation import Report
@@ -52,11 +52,15 @@ def run(
     source: Path | None = None,
     report: Callable[[Point], None] = lambda point: None,
     forward: Forward | None = None,
+    theirs: Identity | None = None,
 ) -> list[Point]:
-    """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches."""
+    """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches.
+
+    `theirs` holds the direction scales of a calibrated run.
+    """
     kind = config.task.kind
     loaded = model.load(config.model, len(config.task.labels), source or minilm(), kind=kind)
-    identity = model.identity(loaded, config)
+    identity = model.identity(loaded, config, theirs)
     replica = CopyReplica.of(loaded.module, identity.manifest, config.pool(identity))
     estimator = estimators.build(config, replica, loaded.module)
     trainable = {spec.name for spec in identity.manifest.tensors}

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from lorand.config import RunConfig, load
 from lorand.errors import ConfigError, LorandError
+from lorand.manifest import Identity
 from lorand_worker import guard
 from lorand_worker.memory import Weights
 from lorand_worker.precision import Precision
@@ -73,29 +74,49 @@ GiveUp = Annotated[float, typer.Option(min=1, help="Seconds to look for an absen
 @app.command()
 def prepare(
     run: Annotated[Path, typer.Argument(help="The run file.")],
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="Measure the direction scales on these examples; a few integers tell of them.",
+        ),
+    ] = None,
     model: Model = None,
     json_output: Json = False,
 ) -> None:
     """Load the run's model and write run.lock: its digests and trainable tensors."""
     config = load(run)
-    base = _load_base(config, model, "cpu", _reporter(json_output))
-    _warm_up(base)
+    report = _reporter(json_output)
+    calibrated = config.directions.scale_rule == "calibrated"
+    if calibrated != (calibrate is not None):
+        raise ConfigError(
+            f'{run} has directions.scale_rule = "calibrated": give examples, --calibrate DATA'
+            if calibrated
+            else '--calibrate measures scales for directions.scale_rule = "calibrated": set it in '
+            f"{run}, or leave the option out"
+        )
+    if calibrate is None:
+        base = _load_base(config, model, "cpu", report)
+        _warm_up(base)
+        identity = base.identity
+    else:
+        identity = _calibrated(config, model, calibrate, report)
     lock = run.with_name("run.lock")
     try:
-        lock.write_text(base.identity.to_lock(), encoding="utf-8")
+        lock.write_text(identity.to_lock(), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {lock}: {error}") from error
-    manifest = base.identity.manifest
+    manifest = identity.manifest
     result = {
         "lock": str(lock),
-        "base_digest": base.identity.base_digest.hex(),
+        "base_digest": identity.base_digest.hex(),
         "tensors": len(manifest.tensors),
         "weights": manifest.num_weights,
     }
     _result(
         result,
         f"wrote {lock}: {len(manifest.tensors)} trainable tensors, {manifest.num_weights:,} "
-        f"weights, base {base.identity.base_digest.hex()[:16]}",
+        f"weights, base {identity.base_digest.hex()[:16]}",
         json_output,
     )
 
@@ -161,7 +182,7 @@ def join(
             report.note(line)
         for label in data_files.missing_labels(examples, config.task):
             report.note(f"no example here is labelled {label!r}; other workers may have some")
-        base = _load_base(config, model, device, report, weights, checkpointing)
+        base = _load_base(config, model, device, report, weights, checkpointing, theirs)
         if theirs is not None:
             guard.check_identity(base.identity, theirs)
         report.note(base.weights)
@@ -231,7 +252,7 @@ def evaluate(
     try:
         config, theirs = session.fetch_run(link, report.note)
         examples = data_files.load(data, config.task)
-        base = _load_base(config, model, device, report, weights)
+        base = _load_base(config, model, device, report, weights, theirs=theirs)
         if theirs is not None:
             guard.check_identity(base.identity, theirs)
         forward = Forward(limits=_cache_limits(cache_memory_gb, cache_disk_gb, cache_dir))
@@ -283,7 +304,8 @@ def export(
         f"wrote {folder / adapter.WEIGHTS_FILE}: {size:,} bytes after {position.committed} rounds"
     )
     if merged:
-        base = _load_base(position.config, model, "cpu", _reporter(json_output))
+        report = _reporter(json_output)
+        base = _load_base(position.config, model, "cpu", report, theirs=position.identity)
         guard.check_identity(base.identity, position.identity)
         base.replica.set(position.coefficients)
         base.replica.settle()
@@ -302,7 +324,8 @@ def replay(
 ) -> None:
     """Rebuild the weights from a ledger and the base model, and print their digest."""
     position = _position(source)
-    base = _load_base(position.config, model, device, _reporter(json_output))
+    report = _reporter(json_output)
+    base = _load_base(position.config, model, device, report, theirs=position.identity)
     guard.check_identity(base.identity, position.identity)
     base.replica.set(position.coefficients)
     digest = base.replica.digest().hex()
@@ -341,13 +364,34 @@ def _load_base(
     report: ConsoleReporter,
     weights: Weights = Weights.COPY,
     checkpointing: bool = False,
+    theirs: Identity | None = None,
 ) -> Any:
     from lorand_worker.bench import load_base
 
     if model is not None and not model.is_dir():
         raise ConfigError(f"--model {model} is not a folder")
     report.note(f"loading {model or config.model.name}")
-    return load_base(config, model, device, weights, checkpointing=checkpointing)
+    return load_base(config, model, device, weights, checkpointing=checkpointing, theirs=theirs)
+
+
+def _calibrated(
+    config: RunConfig, model: Path | None, data: Path, report: ConsoleReporter
+) -> Identity:
+    """The run's identity with direction scales measured on these examples."""
+    from lorand_worker import calibration
+    from lorand_worker import data as data_files
+    from lorand_worker.bench import task_for
+
+    base = _load_base(calibration.uncalibrated(config), model, "cpu", report)
+    task = task_for(base, config, data_files.load(data, config.task))
+    found = calibration.measure(base, config, task)
+    identity = calibration.identity(base, found)
+    for row, tensor in zip(found, identity.manifest.tensors, strict=True):
+        report.note(
+            f"{row.name}: squared projected gradient {row.gradient:.3g}, curvature "
+            f"{row.curvature:.3g}, scale 2^{tensor.scale_exponent}"
+        )
+    return identity
 
 
 def _cache_limits(memory_gb: float | None, disk_gb: float | None, folder: Path | None) -> Any:

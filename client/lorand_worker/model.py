@@ -21,7 +21,7 @@ from lorand.layers import Absent
 from lorand.manifest import Identity, Manifest, TensorSpec, select_trainable
 from lorand.replica import DTYPES, tensor_bytes
 from lorand.sections import TaskKind
-from lorand_worker import peft_layers
+from lorand_worker import peft_layers, scales
 from lorand_worker.heads import LanguageModel, OwnClassifier, PooledClassifier
 from lorand_worker.quantisation import Quantised, quantise_layers
 
@@ -224,17 +224,27 @@ def trainable_tensors(model: LoadedModel, rule: str) -> dict[str, torch.Tensor]:
     return {name: parameters[name] for name in select_trainable(list(parameters), rule)}
 
 
-def identity(model: LoadedModel, config: RunConfig) -> Identity:
-    """Return base digest, tokenizer digest and manifest of a loaded, untrained model."""
-    head_exponent = int(math.log2(config.directions.head_scale))
+def identity(model: LoadedModel, config: RunConfig, theirs: Identity | None = None) -> Identity:
+    """Return base digest, tokenizer digest and manifest of a loaded, untrained model.
+
+    `theirs` is the run's identity where it is known: measured direction scales come from there.
+    """
+    tensors = trainable_tensors(model, config.model.trainable)
+    exponents = scales.exponents(
+        config.directions.scale_rule,
+        {n: model.stored[n].dense() if n in model.stored else t for n, t in tensors.items()},
+        new=model.new_names,
+        head_exponent=int(math.log2(config.directions.head_scale)),
+        theirs=None if theirs is None else theirs.manifest,
+    )
     specs = [
         TensorSpec(
             name,
             tuple(tensor.shape),
             str(tensor.dtype).removeprefix("torch."),
-            head_exponent if name in model.new_names else 0,
+            exponents[name],
         )
-        for name, tensor in trainable_tensors(model, config.model.trainable).items()
+        for name, tensor in tensors.items()
     ]
     manifest = Manifest(tuple(sorted(specs, key=lambda spec: spec.name)))
     digest = base_digest(model.module, model.stored)

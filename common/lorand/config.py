@@ -46,6 +46,7 @@ ADDED_LATER: Final[dict[str, dict[str, object]]] = {
         "prompt_column": "prompt",
         "answer_column": "answer",
     },
+    "directions": {"scale_rule": "head"},
     "codec": {"rounding": "nearest"},
     "optimizer": {"warmup_rounds": 0, "spread_decay": 0.9},
     "rounds": {"aggregation": "mean"},
@@ -69,6 +70,7 @@ class DirectionsSection(Section):
     pool_index: Annotated[int, Field(ge=0, lt=2**32)] = 0
     mode: Literal["shared", "own"] = "shared"
     quantum_exponent: Annotated[int, Field(ge=8, le=48)] = 32
+    scale_rule: Literal["head", "size", "calibrated"] = "head"
     head_scale: float = 16.0
 
     @field_validator("pool_size")

@@ -388,6 +388,31 @@ def test_adapters_of_peft(make_room: MakeRoom, own_model: Path, kind: str) -> No
     assert changed == {"query", "key", "value", "dense"}
 
 
+def test_calibrated_scales(make_room: MakeRoom) -> None:
+    """Measured once, where the run is prepared; workers take them from the run."""
+    content = tiny.settings("spsa", run={"rounds": 3}, directions={"scale_rule": "calibrated"})
+    room = make_room(content)
+    prepare = ("lr-worker", "prepare", room.run, "--model", room.model)
+    code, text = room.failure(*prepare)
+    assert code == 2
+    assert "give examples, --calibrate DATA" in text
+    code, text = room.failure("lr-coordinator", "serve", room.run)
+    assert code == 2
+    assert "there is no" in text
+    room.once(*prepare, "--calibrate", room.data["hotels"])
+    lock = json.loads((room.folder / "run.lock").read_text())
+    scales = {name: scale for name, _, _, scale in lock["manifest"]}
+    assert len(set(scales.values())) > 1
+    with room.coordinator() as (_, address):
+        workers = [room.join(address, name) for name in tiny.DOMAINS]
+        results = [worker.result() for worker in workers]
+    assert_same_bits(room, results)
+    room.run.write_text(tiny.to_toml(tiny.settings("spsa")), encoding="utf-8")
+    code, text = room.failure(*prepare, "--calibrate", room.data["hotels"])
+    assert code == 2
+    assert "set it in" in text
+
+
 def test_interrupted_and_terminated_it_leaves_cleanly_and_goes_on(make_room: MakeRoom) -> None:
     """Ctrl-C of a worker, SIGTERM of the coordinator, the same commands again."""
     room = make_room(tiny.settings("backprop", run={"rounds": 4}, rounds={"start_with": 2})).lock()
