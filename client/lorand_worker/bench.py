@@ -132,6 +132,11 @@ class ModelBench:
         """See Bench."""
         return len(self._task)
 
+    @property
+    def cut(self) -> int:
+        """Number of prompts that were cut to the run's max_length."""
+        return self._task.cut
+
     def adopt(self, coefficients: Coefficients) -> None:
         """See Bench."""
         self.replica.set(coefficients)

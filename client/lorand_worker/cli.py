@@ -190,6 +190,12 @@ def join(
         report.note(why)
         forward = Forward(chosen, _cache_limits(cache_memory_gb, cache_disk_gb, cache_dir))
         bench = ModelBench(base, config, examples, forward=forward)
+        if bench.cut:
+            length = config.model.max_length
+            report.note(
+                f"{bench.cut} of {len(examples)} examples are longer than model.max_length = "
+                f"{length} tokens: the ends of their prompts are left out"
+            )
         who = name or f"{socket.gethostname()}-{data.stem}"[:64]
         session = Session(link, config, base.identity, bench, who, report)
         participant = session.run()

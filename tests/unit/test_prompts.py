@@ -134,6 +134,7 @@ def test_a_prompt_is_cut_and_its_answer_is_not(causal: LoadedModel) -> None:
     pairs = Pairs(("lovely " * 60,), ("great clean room",))
     of = task_of(causal, pairs, 12, kind="causal-lm", template="{text} it was")
     assert len(of._ids[0]) <= 12
+    assert of.cut == 1
     assert text_of(causal, of).endswith(f" it was great clean room{tiny.END}")
     assert text_of(causal, of).startswith("lovely")
 
@@ -181,6 +182,21 @@ def test_a_text_with_the_mask_itself(masked: LoadedModel) -> None:
     examples = Examples(("a room", "a [MASK] room"), (0, 1))
     with pytest.raises(DataError, match="example 2 contains the model's mask token"):
         task_of(masked, examples, template="{text} it was {mask}", **WORDS)
+
+
+@pytest.mark.parametrize("fixture", ["tiny_model", "roberta_model", "causal_model"])
+def test_more_tokens_than_positions(request: pytest.FixtureRequest, fixture: str) -> None:
+    """It is said before the run, not by an index in the middle of a round."""
+    folder = request.getfixturevalue(fixture)
+    causal = fixture == "causal_model"
+    kind: Any = "causal-lm" if causal else "classification"
+    loaded = model.load(ModelSection(name="unused"), 2, folder, kind=kind)
+    task = {"kind": kind} if causal else {"labels": tiny.LABELS}
+    long = ("a " * 90,)
+    data = Pairs(long, ("great",)) if causal else Examples(long, (0,))
+    with pytest.raises(ModelError, match=r"positions for \(72, .* set model\.max_length .* to 68"):
+        task_of(loaded, data, 80, **task)
+    assert len(task_of(loaded, data, 68, **task)) == 1
 
 
 # ------------------------------------------------------------- models that do not serve

@@ -3,16 +3,21 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 import torch
 from torch import nn
 
+from lorand.errors import ModelError
 from lorand_worker.boundary import Boundary
 from lorand_worker.cache import Limits, TensorCache
 from lorand_worker.grouping import groups, launch_tokens
 from lorand_worker.heads import Places
 from lorand_worker.model import LoadedModel
 from lorand_worker.precision import Precision, passes
+
+NEAR: Final = 4
+"""Some models keep so many of their positions, at most, for other things than a text's tokens."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,9 @@ class Task(ABC):
     take no room from those trained on.
     """
 
+    cut = 0
+    """Number of prompts that were too long for max_length and lost the end of their text."""
+
     def __init__(
         self,
         model: LoadedModel,
@@ -89,7 +97,7 @@ class Task(ABC):
         device: torch.device | None = None,
         forward: Forward | None = None,
     ) -> None:
-        """Take the token ids of every example."""
+        """Take the token ids of every example. Raises ModelError for more than the model takes."""
         forward = forward or Forward()
         self._module = model.module
         self._device = device or torch.device("cpu")
@@ -100,6 +108,7 @@ class Task(ABC):
         self._cache = TensorCache(forward.limits)
         self._measured: tuple[tuple[int, ...], list[list[int]], list[_Group]] = ((), [], [])
         self._scored: list[list[int]] = []
+        self._check_length()
         self._boundary = Boundary(model.module, trainable)
         with passes(self._precision, self._device):
             self._boundary.verify(*self._pad_ids(range(min(2, len(self)))))
@@ -107,6 +116,26 @@ class Task(ABC):
     def __len__(self) -> int:
         """Number of examples."""
         return len(self._ids)
+
+    @torch.no_grad()
+    def _check_length(self) -> None:
+        """Try the longest example where it is near the number of positions that the model has."""
+        configs: list[Any] = [getattr(part, "config", None) for part in self._module.modules()]
+        known = [getattr(config, "max_position_embeddings", None) for config in configs]
+        positions = min((n for n in known if isinstance(n, int)), default=None)
+        longest = max(range(len(self)), key=lambda i: len(self._ids[i]))
+        length = len(self._ids[longest])
+        if positions is None or length + NEAR < positions:
+            return
+        try:
+            with passes(self._precision, self._device):
+                self._module(*self._pad_ids([longest]))
+        except (IndexError, RuntimeError) as error:
+            raise ModelError(
+                f"example {longest + 1} has {length} tokens, more than this model has positions "
+                f"for ({positions}, some of them not for texts): set model.max_length in the run "
+                f"file to {positions - NEAR} or less"
+            ) from error
 
     def loss(self, batch: Sequence[int]) -> torch.Tensor:
         """Return the mean loss of a batch of example indices, in nats: that of `losses`."""

@@ -53,6 +53,7 @@ class CausalLM(Task):
         # A token is predicted at the one before it.
         self._starts = [len(row) - 1 for row in prompts]
         ids = [[*p, *a] for p, a in zip(prompts, answer_ids, strict=True)]
+        self.cut = prompt.cut
         super().__init__(model, ids, trainable=trainable, device=device, forward=forward)
 
     def _targets(self, batch: Sequence[int]) -> Targets:

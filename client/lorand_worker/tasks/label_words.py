@@ -47,6 +47,7 @@ class LabelWords(Task):
         self._answers = [
             _only(row, mask, i) if masked else len(row) - 1 for i, row in enumerate(ids)
         ]
+        self.cut = prompt.cut
         super().__init__(model, ids, trainable=trainable, device=device, forward=forward)
         self._words = self._words.to(self._device)
 

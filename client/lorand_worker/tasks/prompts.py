@@ -31,6 +31,7 @@ class Prompt:
                 f"task.template = {template!r} has {MASK}, but the run's model is causal and goes "
                 f'on at the end of the template; write, for example, "{TEXT}\\nSentiment:"'
             )
+        self.cut = 0
         self._tokenizer = tokenizer
         self._masked = masked
         self._template = template if masked else template.rstrip(" ")
@@ -56,13 +57,14 @@ class Prompt:
     def fitted(self, texts: Sequence[str], rooms: Sequence[int]) -> list[list[int]]:
         """Return the ids of texts in the template, each within so many tokens.
 
-        A text that is too long is cut at its end, and the template stays. Raises DataError where
-        not even one character of it would be left.
+        A text that is too long is cut at its end, the template stays, and `cut` counts it. Raises
+        DataError where not even one character of it would be left.
         """
         result = self.encode([self.rendered(text) for text in texts])
         for i, (text, room) in enumerate(zip(texts, rooms, strict=True)):
             if len(result[i]) > room:
                 result[i] = self._cut(i, text, room)
+                self.cut += 1
         return result
 
     def _cut(self, example: int, text: str, room: int) -> list[int]:
