@@ -85,6 +85,8 @@ def prepare(
     json_output: Json = False,
 ) -> None:
     """Load the run's model and write run.lock: its digests and trainable tensors."""
+    from lorand_worker import tasks
+
     config = load(run)
     report = _reporter(json_output)
     calibrated = config.directions.scale_rule == "calibrated"
@@ -97,6 +99,7 @@ def prepare(
         )
     if calibrate is None:
         base = _load_base(config, model, "cpu", report)
+        tasks.check(base.loaded, config)
         _warm_up(base)
         identity = base.identity
     else:

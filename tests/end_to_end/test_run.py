@@ -388,6 +388,18 @@ def test_adapters_of_peft(make_room: MakeRoom, own_model: Path, kind: str) -> No
     assert changed == {"query", "key", "value", "dense"}
 
 
+def test_label_words_are_checked_when_a_run_is_prepared(
+    make_room: MakeRoom, masked_model: Path
+) -> None:
+    content = tiny.settings("spsa")
+    content["task"] = LANGUAGE["masked_model"] | {"label_words": ["awful", "bad-ish"]}
+    room = make_room(content, model=masked_model)
+    code, text = room.failure("lr-worker", "prepare", room.run, "--model", masked_model)
+    assert code == 4
+    assert "the label word 'bad-ish' is not one token at its place in task.template" in text
+    assert not (room.folder / "run.lock").exists()
+
+
 def test_calibrated_scales(make_room: MakeRoom) -> None:
     """Measured once, where the run is prepared; workers take them from the run."""
     content = tiny.settings("spsa", run={"rounds": 3}, directions={"scale_rule": "calibrated"})

@@ -4,13 +4,23 @@ import torch
 
 from lorand.config import RunConfig
 from lorand_worker.data import Examples, Pairs
+from lorand_worker.heads import LanguageModel
 from lorand_worker.model import LoadedModel
 from lorand_worker.tasks.base import Forward, Score, Task
 from lorand_worker.tasks.causal_lm import CausalLM
 from lorand_worker.tasks.classification import Classification
 from lorand_worker.tasks.label_words import LabelWords
+from lorand_worker.tasks.prompts import Prompt, label_word_ids
 
-__all__ = ["CausalLM", "Classification", "Forward", "LabelWords", "Score", "Task", "build"]
+__all__ = ["CausalLM", "Classification", "Forward", "LabelWords", "Score", "Task", "build", "check"]
+
+
+def check(model: LoadedModel, config: RunConfig) -> None:
+    """Raise ModelError unless the run's template and label words suit the model; needs no data."""
+    if config.task.kind == "label-words":
+        assert isinstance(model.module, LanguageModel)
+        prompt = Prompt(model.tokenizer, config.task.template, masked=model.module.masked)
+        label_word_ids(model.tokenizer, prompt, config.task)
 
 
 def build(
