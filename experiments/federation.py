@@ -31,7 +31,7 @@ from lorand_worker.data import Examples, Sampler
 from lorand_worker.estimators import Loss, Order
 from lorand_worker.local_steps import Batches
 from lorand_worker.participant import encode
-from lorand_worker.tasks import Classification, Forward, Score
+from lorand_worker.tasks import Forward, Score, Task, build
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("LORAND_DATA", ROOT.parent / "shared" / "data"))
@@ -70,13 +70,16 @@ def run(
     report: Callable[[Point], None] = lambda point: None,
     forward: Forward | None = None,
     quick: bool = False,
+    theirs: Identity | None = None,
 ) -> list[Point]:
     """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches.
 
+    `theirs` holds the direction scales of a calibrated run.
     `quick` measures losses by `experiments.quick`: for estimators by forward passes alone.
     """
-    loaded = model.load(config.model, len(config.task.labels), source or minilm())
-    identity = model.identity(loaded, config)
+    kind = config.task.kind
+    loaded = model.load(config.model, len(config.task.labels), source or minilm(), kind=kind)
+    identity = model.identity(loaded, config, theirs)
     bench = (_short_bench if quick else _bench)(config, loaded, identity, shards, test, forward)
     federation = _Federation(config, identity, bench, loaded.module, shards, seed)
     points = []
@@ -176,11 +179,8 @@ def _bench(
     replica = CopyReplica.of(loaded.module, identity.manifest, config.pool(identity))
     trainable = {spec.name for spec in identity.manifest.tensors}
 
-    def task(examples: Examples) -> Classification:
-        length = config.model.max_length
-        return Classification(
-            loaded, examples, trainable=trainable, max_length=length, forward=forward
-        )
+    def task(examples: Examples) -> Task:
+        return build(loaded, config, examples, trainable=trainable, forward=forward)
 
     tasks = [task(shard) for shard in shards]
 

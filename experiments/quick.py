@@ -19,8 +19,9 @@ from lorand.config import ModelSection
 from lorand.replica import CopyReplica
 from lorand_worker.data import Examples
 from lorand_worker.estimators import Loss
+from lorand_worker.heads import PooledClassifier
 from lorand_worker.local_steps import Batches
-from lorand_worker.model import LoadedModel, PooledClassifier
+from lorand_worker.model import LoadedModel
 from lorand_worker.tasks import Score
 
 LINES = 32

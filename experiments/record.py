@@ -18,6 +18,7 @@ from experiments import federation
 from experiments.federation import Point, payload
 from experiments.provenance import provenance
 from lorand.config import RunConfig
+from lorand.manifest import Identity
 from lorand_worker.data import Examples
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -46,6 +47,7 @@ class Experiment:
         seeds: Iterable[int],
         evaluate_at: Sequence[int],
         target: float | None = None,
+        theirs: Identity | None = None,
     ) -> None:
         """Run the seeds that the results do not hold yet; write after each."""
         torch.set_num_threads(1)
@@ -59,7 +61,13 @@ class Experiment:
             shards, scored = data(seed)
             started, started_cpu = time.monotonic(), time.process_time()
             points = federation.run(
-                config, shards, scored, seed=seed, evaluate_at=evaluate_at, report=_show
+                config,
+                shards,
+                scored,
+                seed=seed,
+                evaluate_at=evaluate_at,
+                report=_show,
+                theirs=theirs,
             )
             entry |= {"row": row, "workers": len(shards), **payload(config, len(shards))}
             entry["provenance"] = provenance()

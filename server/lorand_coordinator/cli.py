@@ -97,6 +97,11 @@ def serve(
             f"there is no {lock}; write it with `lr-worker prepare {run}`, "
             "or set run.adopt_first_worker = true"
         )
+    elif config.directions.scale_rule == "calibrated":
+        raise ConfigError(
+            f"there is no {lock} with calibrated scales (directions.scale_rule); write it with "
+            f"`lr-worker prepare {run} --calibrate DATA`"
+        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     path = ledger_path or Path(config.service.ledger or run.with_name(f"{config.run.name}.ledger"))
     store = SqliteStore(path)

@@ -223,7 +223,12 @@ WRONG: Final[list[tuple[str, str, str, str]]] = [
     ("model", "head = 'none'", "model.head", "should be 'auto', 'own' or 'pooled'"),
     ("task", "labels = ['a']", "task.labels", "at least 2 items"),
     ("task", "labels = ['a', 'b', 'a']", "task.labels", "every label is listed once"),
-    ("task", "kind = 'regression'", "task.kind", "should be 'classification'"),
+    (
+        "task",
+        "kind = 'regression'",
+        "task.kind",
+        "should be 'classification', 'label-words' or 'causal-lm'",
+    ),
     ("directions", "pool_size = 1000", "directions.pool_size", "power of two from 64 to 1048576"),
     ("directions", "pool_size = 32", "directions.pool_size", "power of two from 64 to 1048576"),
     ("directions", "pool_size = -64", "directions.pool_size", "power of two from 64 to 1048576"),
