@@ -31,6 +31,7 @@ from benchmarks.quality import PRECISIONS, config_of
 from lorand_worker.bench import Base, ModelBench, load_base, task_for
 from lorand_worker.cache import Limits
 from lorand_worker.data import Examples
+from lorand_worker.estimators import Order
 from lorand_worker.precision import Precision, bfloat16_speedup, passes
 from lorand_worker.tasks import Classification, Forward
 
@@ -163,7 +164,7 @@ def caching(data: Examples) -> dict[str, Any]:
         if name == "each_pass":
             bench._task._boundary.depth = 0
         bench.score()
-        rounds[name] = partial(bench.measure, indices)
+        rounds[name] = partial(bench.measure, Order(indices))
         scores[name] = bench.score
     cache = kept["disk"]._cache
     return {

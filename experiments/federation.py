@@ -7,20 +7,30 @@ simulated is the network; `tests/end_to_end` runs the same parts over real gRPC.
 
 import os
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
+from experiments import quick as short_cut
 from lorand import codec
+from lorand.codec import Floats
+from lorand.coefficients import add
 from lorand.config import RunConfig
-from lorand.manifest import run_digest
+from lorand.directions import Indices
+from lorand.manifest import Identity, run_digest
 from lorand.replica import CopyReplica
 from lorand_coordinator import optimizer
 from lorand_coordinator.aggregation import Report
-from lorand_worker import estimators, model
+from lorand_worker import local_steps, model
 from lorand_worker.data import Examples, Sampler
+from lorand_worker.estimators import Loss, Order
+from lorand_worker.local_steps import Batches
+from lorand_worker.participant import encode
 from lorand_worker.tasks import Classification, Forward, Score
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,10 +46,17 @@ def minilm() -> Path:
 
 @dataclass(frozen=True)
 class Point:
-    """Accuracy after a number of committed rounds."""
+    """Score after a number of committed rounds, and what one worker spent until then.
+
+    `forwards` counts forward passes, a backward pass as two; bytes are codes, without framing.
+    """
 
     committed: int
     score: Score
+    forwards: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    wall_s: float = 0.0
 
 
 def run(
@@ -52,12 +69,111 @@ def run(
     source: Path | None = None,
     report: Callable[[Point], None] = lambda point: None,
     forward: Forward | None = None,
+    quick: bool = False,
 ) -> list[Point]:
-    """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches."""
+    """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches.
+
+    `quick` measures losses by `experiments.quick`: for estimators by forward passes alone.
+    """
     loaded = model.load(config.model, len(config.task.labels), source or minilm())
     identity = model.identity(loaded, config)
+    bench = (_short_bench if quick else _bench)(config, loaded, identity, shards, test, forward)
+    federation = _Federation(config, identity, bench, loaded.module, shards, seed)
+    points = []
+    started = time.monotonic()
+    for round_index in range(config.run.rounds + 1):
+        if round_index in evaluate_at:
+            spent = time.monotonic() - started
+            points.append(_point(config, shards, round_index, bench.score(), spent))
+            report(points[-1])
+            started = time.monotonic() - spent
+        if round_index < config.run.rounds:
+            federation.round(round_index)
+    return points
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """How losses are measured: the replica, a round's loss functions by worker, and the score.
+
+    `losses` are given what draws each worker's batches, and return it with the loss.
+    """
+
+    replica: CopyReplica
+    losses: Callable[[Sequence[Batches]], Sequence[tuple[Loss, Batches]]]
+    score: Callable[[], Score]
+
+
+class _Federation:
+    """Workers and coordinator of a run, a round at a time."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        identity: Identity,
+        bench: _Bench,
+        module: nn.Module,
+        shards: Sequence[Examples],
+        seed: int,
+    ) -> None:
+        self._config, self._identity, self._bench = config, identity, bench
+        self._work = local_steps.build(config, bench.replica, module)
+        self._sizes = [len(shard) for shard in shards]
+        self._samplers = [
+            Sampler(size, config.estimator.batch_size, random.Random(f"{seed}/{i}"))
+            for i, size in enumerate(self._sizes)
+        ]
+        # The seed also moves the draws: another seed is another run.
+        self._draws = config.draws(run_digest(config.digest() + bytes([seed]), identity))
+        self._state = optimizer.start(config)
+        self._rounding = np.random.default_rng(seed)
+        self._forget()
+
+    def round(self, round_index: int) -> None:
+        """Have all workers measure, commit, and follow."""
+        config, replica = self._config, self._bench.replica
+        reports = {}
+        size = self._state.pace.batch_size
+        losses = self._bench.losses([partial(sampler.batch, size) for sampler in self._samplers])
+        for worker, (loss, batches) in enumerate(losses):
+            indices = self._draws.of(round_index, worker, self._state.pace.directions)
+            order = Order(indices, self._draws.importance(indices), round_index)
+            measured = self._work.do(loss, batches, order, self._sizes[worker])
+            reports[worker] = self._report(worker, indices, measured.values)
+        before = self._state.coefficients
+        self._state, update = optimizer.advance(
+            config, self._draws, self._state, round_index, reports
+        )
+        change = codec.delta(update.scale, update.codes)
+        self._draws = self._draws.after(update.indices, change)
+        if config.pool_after(round_index + 1) != config.pool_after(round_index):
+            last = add(before, update.indices, change)
+            replica.fold(last, config.pool(self._identity, config.pool_after(round_index + 1)))
+            self._forget()
+        replica.set(self._state.coefficients)
+
+    def _report(self, worker: int, indices: Indices, values: Floats) -> Report:
+        config, feedback = self._config, self._feedback[worker]
+        unbiased = config.codec.rounding == "unbiased"
+        uniform = self._rounding.random(len(indices)) if unbiased else None
+        coded = encode(config, values, self._state.scale_exponent, feedback[indices], uniform)
+        if config.keeps_feedback:
+            feedback[indices] = coded.lost
+        return Report(coded.codes, self._sizes[worker], coded.scale)
+
+    def _forget(self) -> None:
+        self._feedback = [np.zeros(self._config.directions.pool_size) for _ in self._sizes]
+
+
+def _bench(
+    config: RunConfig,
+    loaded: model.LoadedModel,
+    identity: Identity,
+    shards: Sequence[Examples],
+    test: Examples,
+    forward: Forward | None,
+) -> _Bench:
     replica = CopyReplica.of(loaded.module, identity.manifest, config.pool(identity))
-    estimator = estimators.build(config, replica, loaded.module)
     trainable = {spec.name for spec in identity.manifest.tensors}
 
     def task(examples: Examples) -> Classification:
@@ -67,33 +183,74 @@ def run(
         )
 
     tasks = [task(shard) for shard in shards]
-    samplers = [
-        Sampler(len(shard), config.estimator.batch_size, random.Random(f"{seed}/{i}"))
-        for i, shard in enumerate(shards)
-    ]
-    held_out = task(test)
-    # The seed also moves the draws: another seed is another run.
-    draws = config.draws(run_digest(config.digest() + bytes([seed]), identity))
-    state = optimizer.start(config)
-    unbiased = config.codec.rounding == "unbiased"
-    source_of_rounding = np.random.default_rng(seed)
-    points = []
-    for round_index in range(config.run.rounds + 1):
-        if round_index in evaluate_at:
-            points.append(Point(round_index, held_out.score()))
-            report(points[-1])
-        if round_index == config.run.rounds:
-            break
-        reports = {}
-        for worker, (part, sampler) in enumerate(zip(tasks, samplers, strict=True)):
-            measured = estimator.measure(part.loss, sampler.batch(), draws.of(round_index, worker))
-            count = len(measured.values)
-            uniform = source_of_rounding.random(count) if unbiased else None
-            codes = codec.encode(config.codec.up, measured.values, state.scale_exponent, uniform)
-            reports[worker] = Report(codes, len(part))
-        state, _ = optimizer.advance(config, draws, state, round_index, reports)
-        replica.set(state.coefficients)
-    return points
+
+    def losses(batches: Sequence[Batches]) -> Sequence[tuple[Loss, Batches]]:
+        return [(part.loss, draw) for part, draw in zip(tasks, batches, strict=True)]
+
+    return _Bench(replica, losses, task(test).score)
+
+
+def _short_bench(
+    config: RunConfig,
+    loaded: model.LoadedModel,
+    identity: Identity,
+    shards: Sequence[Examples],
+    test: Examples,
+    forward: Forward | None,
+) -> _Bench:
+    assert config.estimator.kind in ("spsa", "one-sided"), "the short cut has no derivatives"
+    assert forward is None, "the short cut has its own precision"
+    parameters = dict(loaded.module.named_parameters())
+    replica = short_cut.LazyReplica(parameters, identity.manifest, config.pool(identity))
+    kept = [short_cut.texts(loaded, part, config.model) for part in (*shards, test)]
+    layers = int(config.model.trainable.removeprefix("last:"))
+    upper = short_cut.Upper(loaded.module, layers, replica.write)
+    same_weights = config.directions.mode == "shared" and not config.local.taken
+
+    def losses(batches: Sequence[Batches]) -> Sequence[tuple[Loss, Batches]]:
+        if same_weights:
+            return short_cut.together(upper, kept[:-1], batches)
+        return [(short_cut.alone(upper, p), d) for p, d in zip(kept[:-1], batches, strict=True)]
+
+    return _Bench(replica, losses, lambda: short_cut.score(upper, kept[-1]))
+
+
+def _point(
+    config: RunConfig, shards: Sequence[Examples], committed: int, score: Score, wall: float
+) -> Point:
+    size = payload(config, len(shards))
+    passes = max(forwards_a_round(config, len(shard)) for shard in shards)
+    return Point(
+        committed,
+        score,
+        committed * passes,
+        committed * size["bytes_up_a_worker_round"],
+        committed * size["bytes_down_a_worker_round"],
+        round(wall, 2),
+    )
+
+
+def forwards_a_round(config: RunConfig, examples: int = 1) -> int:
+    """Return the forward passes of a participant in a round; a backward pass counts as two.
+
+    So does the derivative that goes along in forward-mode differentiation.
+    """
+    n = config.estimator.directions_per_round
+    each = {"spsa": 2 * n, "one-sided": n + 1, "forward": 3 * n, "backprop": 3}
+    steps = local_steps.steps(config, examples) if config.local.taken else 1
+    return each[config.estimator.kind] * steps
+
+
+def payload(config: RunConfig, workers: int) -> dict[str, int]:
+    """Return the bytes of codes that one worker sends and receives in one round.
+
+    With own directions ΔA has a code for each participant's (fewer where two drew the same).
+    """
+    committed = config.num_directions * (workers if config.directions.mode == "own" else 1)
+    return {
+        "bytes_up_a_worker_round": codec.num_bytes(config.codec.up, config.num_directions),
+        "bytes_down_a_worker_round": codec.num_bytes(config.codec.down, committed),
+    }
 
 
 def shuffled_split(examples: Examples, share: float = 0.1) -> tuple[Examples, Examples]:

@@ -15,9 +15,8 @@ import numba
 import torch
 
 from experiments import federation
-from experiments.federation import Point
+from experiments.federation import Point, payload
 from experiments.provenance import provenance
-from lorand import codec
 from lorand.config import RunConfig
 from lorand_worker.data import Examples
 from lorand_worker.tasks import Forward
@@ -120,18 +119,6 @@ class Experiment:
             partial = path.with_suffix(".partial")
             partial.write_text(text + "\n", encoding="utf-8")
             partial.replace(path)
-
-
-def payload(config: RunConfig, workers: int) -> dict[str, int]:
-    """Return the bytes of codes that one worker sends and receives in one round.
-
-    With own directions ΔA has a code for each participant's (fewer where two drew the same).
-    """
-    committed = config.num_directions * (workers if config.directions.mode == "own" else 1)
-    return {
-        "bytes_up_a_worker_round": codec.num_bytes(config.codec.up, config.num_directions),
-        "bytes_down_a_worker_round": codec.num_bytes(config.codec.down, committed),
-    }
 
 
 def table(content: dict[str, Any], summary: Sequence[str] = ()) -> str:

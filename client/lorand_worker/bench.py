@@ -2,21 +2,21 @@
 
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from lorand import layers
-from lorand.coefficients import Coefficients
 from lorand.config import RunConfig
-from lorand.directions import Indices
 from lorand.errors import ConfigError
 from lorand.layerwise import LayerwiseReplica
+from lorand.ledger import Position
 from lorand.manifest import Identity, Manifest
 from lorand.replica import DTYPES, CopyReplica, Replica
-from lorand_worker import estimators, memory, model, quantisation
+from lorand_worker import local_steps, memory, model, quantisation
 from lorand_worker.data import Examples, Sampler
-from lorand_worker.estimators import Measurement
+from lorand_worker.estimators import Measurement, Order
 from lorand_worker.floor import FloorWatch
 from lorand_worker.memory import Weights
 from lorand_worker.model import LoadedModel
@@ -51,8 +51,9 @@ def load_base(
     activations, as they always do layerwise.
     """
     device = parse_device(device_name)
-    if config.estimator.kind == "forward" and weights == Weights.AUTO:
-        weights = Weights.COPY  # it differentiates along whole weights
+    whole = config.estimator.kind == "forward" or config.local.space == "weights"
+    if whole and weights == Weights.AUTO:
+        weights = Weights.COPY  # it differentiates along whole weights, or steps on them
     loaded = model.load(config.model, len(config.task.labels), source)
     loaded = replace(loaded, stored={name: q.on(device) for name, q in loaded.stored.items()})
     identity = model.identity(loaded, config)
@@ -79,6 +80,14 @@ def load_base(
         if checkpointing:
             layers.checkpoint(module)
     return Base(loaded, identity, replica, device, why)
+
+
+def bring(replica: Replica, position: Position) -> None:
+    """Bring a replica to a later position of its run: through the pools closed since, and to A."""
+    for number in range(replica.pool.index, len(position.closed)):
+        left = position.closed[number].dense(replica.pool.size)
+        replica.fold(left, position.config.pool(position.identity, number + 1))
+    replica.set(position.coefficients)
 
 
 def _weight_bytes(manifest: Manifest) -> int:
@@ -126,24 +135,30 @@ class ModelBench:
         """Tokenise the examples and build the run's estimator; `source` fixes the batches."""
         self.replica = base.replica
         self._task = task_for(base, config, examples, forward)
-        self._estimator = estimators.build(config, base.replica, base.loaded.module)
+        self._work = local_steps.build(config, base.replica, base.loaded.module)
         self._sampler = Sampler(len(examples), config.estimator.batch_size, source)
         batch = min(len(examples), config.estimator.batch_size)
-        self._watch = FloorWatch(config, (forward or Forward()).precision, batch)
+        self._watch = (  # where steps led is no longer a difference of two losses
+            None
+            if config.local.taken
+            else FloorWatch(config, (forward or Forward()).precision, batch)
+        )
 
     @property
     def examples(self) -> int:
         """See Bench."""
         return len(self._task)
 
-    def adopt(self, coefficients: Coefficients) -> None:
+    def adopt(self, position: Position) -> None:
         """See Bench."""
-        self.replica.set(coefficients)
+        bring(self.replica, position)
 
-    def measure(self, indices: Indices) -> Measurement:
+    def measure(self, order: Order) -> Measurement:
         """See Bench."""
-        measured = self._estimator.measure(self._task.loss, self._sampler.batch(), indices)
-        self._watch.see(measured)
+        batches = partial(self._sampler.batch, order.batch_size)
+        measured = self._work.do(self._task.loss, batches, order, len(self._task))
+        if self._watch is not None:
+            self._watch.see(measured)
         return measured
 
     def score(self) -> Score:

@@ -169,6 +169,13 @@ def join(
     cache_dir: CacheDir = None,
     threads: Threads = 0,
     give_up_s: GiveUp = 600.0,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for what must survive a restart: what codes of local steps lost; default: "
+            "~/.local/state/lorand."
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write the adapter here at the end.")] = None,
     json_output: Json = False,
 ) -> None:
@@ -208,7 +215,8 @@ def join(
         forward = Forward(chosen, _cache_limits(cache_memory_gb, cache_disk_gb, cache_dir))
         bench = ModelBench(base, config, examples, forward=forward)
         who = name or f"{socket.gethostname()}-{data.stem}"[:64]
-        session = Session(link, config, base.identity, bench, who, report)
+        folder = state or _state_folder()
+        session = Session(link, config, base.identity, bench, who, report, folder)
         participant = session.run()
         report.close()
         if output is not None:
@@ -308,6 +316,7 @@ def export(
     """Write the kilobyte adapter of a run and, with --merged, the whole fine-tuned model."""
     from lorand import adapter
     from lorand_worker import merge
+    from lorand_worker.bench import bring
 
     position = _position(source)
     size = adapter.save(adapter.of(position), folder)
@@ -322,7 +331,7 @@ def export(
     if merged:
         base = _load_base(position.config, model, "cpu", _reporter(json_output))
         guard.check_identity(base.identity, position.identity)
-        base.replica.set(position.coefficients)
+        bring(base.replica, position)
         base.replica.settle()
         result["merged"] = str(merge.save(base.loaded, position, folder / "merged"))
         result["weights_digest"] = base.replica.digest().hex()
@@ -338,10 +347,12 @@ def replay(
     json_output: Json = False,
 ) -> None:
     """Rebuild the weights from a ledger and the base model, and print their digest."""
+    from lorand_worker.bench import bring
+
     position = _position(source)
     base = _load_base(position.config, model, device, _reporter(json_output))
     guard.check_identity(base.identity, position.identity)
-    base.replica.set(position.coefficients)
+    bring(base.replica, position)
     digest = base.replica.digest().hex()
     _result(
         {"rounds": position.committed, "head": position.head.hex(), "weights_digest": digest},
@@ -401,6 +412,11 @@ def _warm_up(base: Any) -> None:
     base.replica.settle()
     name, tensor = next(base.replica.weights())
     base.replica.project(name, tensor, zero_sums(base.replica.pool.size, tensor.device))
+
+
+def _state_folder() -> Path:
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home) / "lorand"
 
 
 def _set_threads(threads: int) -> None:

@@ -112,10 +112,11 @@ class Sampler:
         self._source = source or random.SystemRandom()
         self._left: list[int] = []
 
-    def batch(self) -> list[int]:
-        """Return the next batch of distinct indices."""
-        if len(self._left) < self._batch_size:
+    def batch(self, size: int = 0) -> list[int]:
+        """Return the next batch of distinct indices; of another size than usual if one is given."""
+        size = min(size, self._count) or self._batch_size
+        if len(self._left) < size:
             self._left = list(range(self._count))
             self._source.shuffle(self._left)
-        taken, self._left = self._left[: self._batch_size], self._left[self._batch_size :]
+        taken, self._left = self._left[:size], self._left[size:]
         return taken

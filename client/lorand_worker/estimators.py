@@ -30,6 +30,21 @@ class NonFiniteLoss(LorandError):
 
 
 @dataclass(frozen=True)
+class Order:
+    """What a round asks of a participant.
+
+    The directions to measure, shape (count,), factors on their scalars where local steps use them
+    (`Draws.importance`; None: 1), how many rounds were committed before, and the number of examples
+    where it is not the run's batch size.
+    """
+
+    indices: Indices
+    factors: Floats | None = None
+    committed: int = 0
+    batch_size: int = 0
+
+
+@dataclass(frozen=True)
 class Measurement:
     """`values[i]` is the projected gradient along direction i of the draw; loss in nats."""
 
@@ -68,9 +83,9 @@ class Spsa(_ByLosses):
         total = 0.0
         for position, index in enumerate(indices.tolist()):
             with self._replica.perturbed(index, self._quanta):
-                above = _finite(loss(batch))
+                above = finite(loss(batch))
             with self._replica.perturbed(index, -self._quanta):
-                below = _finite(loss(batch))
+                below = finite(loss(batch))
             values[position] = (above - below) / (2 * self._scale)
             total += above + below
         return Measurement(values, total / (2 * len(indices)))
@@ -88,11 +103,11 @@ class OneSided(_ByLosses):
     def measure(self, loss: Loss, batch: Sequence[int], indices: Indices) -> Measurement:
         """Return one scalar a direction; len(indices) + 1 forward passes."""
         self._replica.settle()
-        base = _finite(loss(batch))
+        base = finite(loss(batch))
         values = np.empty(len(indices))
         for position, index in enumerate(indices.tolist()):
             with self._replica.perturbed(index, self._quanta):
-                values[position] = (_finite(loss(batch)) - base) / self._scale
+                values[position] = (finite(loss(batch)) - base) / self._scale
         return Measurement(values, base)
 
 
@@ -129,8 +144,8 @@ class ForwardGradient:
             # Fused attention has no forward-mode derivative.
             with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), self._along(index):
                 value: Any = forward_ad.unpack_dual(loss(batch))  # type: ignore[no-untyped-call]
-            total += _finite(value.primal)
-            values[position] = _finite(value.tangent)
+            total += finite(value.primal)
+            values[position] = finite(value.tangent)
         return Measurement(values, total / len(indices))
 
     @contextmanager
@@ -165,7 +180,7 @@ class Backprop:
         """Return Zᵀ∇L at `indices` (the whole pool, in order)."""
         self._replica.settle()
         value = loss(batch)
-        mean = _finite(value.detach())
+        mean = finite(value.detach())
         self._shares = zero_sums(self._replica.pool.size, value.device)
         value.backward()  # type: ignore[no-untyped-call]
         values = self._replica.scalars(self._shares)[indices]
@@ -192,7 +207,8 @@ def build(config: RunConfig, replica: Replica, module: nn.Module) -> Estimator:
             return Backprop(replica)
 
 
-def _finite(value: torch.Tensor) -> float:
+def finite(value: torch.Tensor) -> float:
+    """Return a loss as a number. Raises NonFiniteLoss when it is none."""
     number = float(value)
     if not math.isfinite(number):
         raise NonFiniteLoss(f"the loss of this batch is {number}")

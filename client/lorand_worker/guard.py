@@ -41,10 +41,10 @@ def check(config: RunConfig, policy: Policy) -> None:
             f"this worker takes part only in runs with a seed pool of {policy.seed_pool}, the run "
             f"{config.run.name!r} has {size}; join with `--seed-pool {size}` if that is right"
         )
-    if config.estimator.batch_size > policy.max_batch_size:
+    most = max(config.estimator.batch_size, config.estimator.max_batch_size)
+    if most > policy.max_batch_size:
         raise HandshakeError(
-            f"the run asks for batches of {config.estimator.batch_size}, this worker allows "
-            f"{policy.max_batch_size}"
+            f"the run asks for batches of {most}, this worker allows {policy.max_batch_size}"
         )
 
 

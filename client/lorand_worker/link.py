@@ -113,12 +113,13 @@ class Link:
 
     def catch_up(self, position: Position) -> Position:
         """Return the newest position: from a checkpoint where that is nearer, then the tail."""
-        position = self._from_checkpoint(position)
+        position = self.from_checkpoint(position)
         for body in self.entries(position.next_sequence):
             position = ledger.apply(position, body)
         return position
 
-    def _from_checkpoint(self, position: Position) -> Position:
+    def from_checkpoint(self, position: Position) -> Position:
+        """Return the position of the coordinator's checkpoint, or this one where that is later."""
         size = position.config.directions.pool_size
         header, data = pb.CheckpointHeader(), bytearray()
         request = pb.GetCheckpointRequest()

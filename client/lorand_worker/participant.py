@@ -10,14 +10,15 @@ from typing import Protocol
 import numpy as np
 
 from lorand import codec, ledger
-from lorand.codec import Floats
+from lorand.codec import Codes, Floats
 from lorand.coefficients import Coefficients
-from lorand.directions import Indices
+from lorand.config import RunConfig
 from lorand.errors import LorandError
 from lorand.ledger import Position
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
-from lorand_worker.estimators import Measurement, NonFiniteLoss
+from lorand_worker.estimators import Measurement, NonFiniteLoss, Order
+from lorand_worker.feedback import Memory
 
 Request = wire.ParticipateRequest
 
@@ -29,11 +30,11 @@ class Bench(Protocol):
     def examples(self) -> int:
         """Number of local examples."""
 
-    def adopt(self, coefficients: Coefficients) -> None:
-        """Make the weights w(A)."""
+    def adopt(self, position: Position) -> None:
+        """Make the weights those of a position, never of an earlier one than before."""
 
-    def measure(self, indices: Indices) -> Measurement:
-        """Measure on a fresh batch at w(A). Raises NonFiniteLoss."""
+    def measure(self, order: Order) -> Measurement:
+        """Measure on fresh batches at w(A), or after steps from there. Raises NonFiniteLoss."""
 
 
 @dataclass
@@ -46,6 +47,37 @@ class Counts:
     skipped: int = 0
 
 
+@dataclass(frozen=True)
+class Coded:
+    """Codes of a contribution, the quanta that one stands for (local steps), and what was lost."""
+
+    codes: Codes
+    scale: int
+    lost: Floats
+
+
+def encode(
+    config: RunConfig,
+    values: Floats,
+    scale_exponent: int,
+    feedback: Floats,
+    uniform: Floats | None = None,
+) -> Coded:
+    """Return the codes of what was measured, shape (count,).
+
+    Scalars are coded in the round's scale. Where local steps led is coded in quanta with a scale of
+    its own, together with the `feedback` that earlier codes lost at these directions (Karimireddy
+    et al., ICML 2019, algorithm 2); all zero where the run keeps none. Raises ContributionError.
+    """
+    if not config.local.taken:
+        codes = codec.encode(config.codec.up, values, scale_exponent, uniform)
+        return Coded(codes, 0, np.zeros(0))
+    wanted = -values * 2.0**config.directions.quantum_exponent + feedback
+    assert config.codec.up != "log8", "the run file refuses it"
+    scale, codes = codec.quantise_delta(config.codec.up, wanted, uniform)
+    return Coded(codes, scale, wanted - codec.delta(scale, codes))
+
+
 class Participant:
     """Follows the ledger and answers rounds. `position` says how far it has come."""
 
@@ -54,12 +86,15 @@ class Participant:
         position: Position,
         bench: Bench,
         uniform: Callable[[int], Floats] = codec.system_uniform,
+        memory: Memory | None = None,
     ) -> None:
         """Start at a position; the bench is brought there before the first measurement.
 
-        `uniform` draws numbers for unbiased rounding; experiments inject a seeded one.
+        `uniform` draws numbers for unbiased rounding; experiments inject a seeded one. `memory`
+        keeps error feedback across a restart; without it, feedback lives as long as this object.
         """
         self._uniform = uniform
+        self._memory = memory or Memory(position.config.directions.pool_size)
         self.position = position
         self.counts = Counts()
         self.worker: int | None = None
@@ -75,10 +110,14 @@ class Participant:
 
     def on_entry(self, body: bytes) -> pb.Entry:
         """Apply a durable entry. Raises LedgerError when it does not follow."""
-        entry = ledger.parse(body)
+        entry, before = ledger.parse(body), self.position
         self.position = ledger.apply(self.position, body)
         if entry.HasField("commit") and self.worker in entry.commit.workers:
             self.counts.committed += 1
+        if entry.HasField("commit"):
+            self._memory.committed(entry.round_index, entry.commit.workers)
+        if len(self.position.closed) != len(before.closed):
+            self._memory.clear()
         return entry
 
     def on_round_start(self, start: wire.RoundStart) -> Request:
@@ -97,7 +136,7 @@ class Participant:
     def settle(self) -> None:
         """Bring the weights to the position, so that they can be read."""
         if self._adopted is not self.position.coefficients:
-            self._bench.adopt(self.position.coefficients)
+            self._bench.adopt(self.position)
             self._adopted = self.position.coefficients
 
     def _measure(self, start: wire.RoundStart) -> Request:
@@ -105,9 +144,15 @@ class Participant:
             raise LorandError("a round began before the coordinator gave this worker a number")
         self.settle()
         config = self.position.config
-        indices = self.position.draws.of(start.round_index, self.worker)
+        draws = self.position.draws
+        # Whatever is asked for, no more than the run's file says.
+        count = min(start.directions, config.estimator.max_directions_per_round)
+        batch_size = min(start.batch_size, config.estimator.max_batch_size)
+        indices = draws.of(start.round_index, self.worker, count)
+        factors = draws.importance(indices)
+        order = Order(indices, factors, self.position.committed, batch_size)
         try:
-            measured = self._bench.measure(indices)
+            measured = self._bench.measure(order)
         except NonFiniteLoss as error:
             self.counts.skipped += 1
             skip = wire.Skip(round_index=start.round_index, reason=str(error))
@@ -116,9 +161,15 @@ class Participant:
         assert np.isfinite(measured.values).all()
         self.last_loss = measured.loss
         uniform = self._uniform(len(indices)) if config.codec.rounding == "unbiased" else None
-        codes = codec.encode(config.codec.up, measured.values, start.scale_exponent, uniform)
+        coded = encode(
+            config, measured.values, start.scale_exponent, self._memory.feedback[indices], uniform
+        )
+        if config.keeps_feedback:
+            self._memory.await_commit(start.round_index, self.worker, indices, coded.lost)
         contribution = pb.Contribution(
-            round_index=start.round_index, codes=codec.pack(config.codec.up, codes)
+            round_index=start.round_index,
+            codes=codec.pack(config.codec.up, coded.codes),
+            scale=coded.scale,
         )
         if config.rounds.telemetry == "loss":
             contribution.loss = measured.loss

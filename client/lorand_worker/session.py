@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from lorand import ledger
@@ -12,6 +13,7 @@ from lorand.ledger import Position
 from lorand.manifest import Identity
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
+from lorand_worker import feedback
 from lorand_worker.bench import ModelBench
 from lorand_worker.link import FEATURES, Link, Retry, Stream
 from lorand_worker.participant import Bench, Participant
@@ -38,11 +40,19 @@ class Session:
     bench: Bench
     name: str
     report: Reporter
+    state: Path | None = None
+    """Folder in which what must survive a restart is kept; None: nothing does."""
 
     def __post_init__(self) -> None:
         """Begin before entry 0, with a new session number."""
         self._session = secrets.randbits(63)
-        self.participant = Participant(ledger.origin(self.config, self.identity), self.bench)
+        start = ledger.origin(self.config, self.identity)
+        memory = None
+        if self.config.keeps_feedback and self.state is not None:
+            place = feedback.Place(self.state, start.run_digest, self.name)
+            size = self.config.directions.pool_size
+            memory = feedback.FileMemory(size, place, self.report.note)
+        self.participant = Participant(start, self.bench, memory=memory)
 
     def run(self) -> Participant:
         """Take part until the run is finished; return the participant at the end of the ledger.
@@ -60,7 +70,7 @@ class Session:
     def _once(self) -> None:
         """One connection: catch up by calls, then follow the stream until it ends."""
         if self._has_ledger():
-            self.participant.catch_up(self.link.catch_up(self.participant.position))
+            self._catch_up()
             self._show()
             if self.participant.position.finished and self.participant.worker is None:
                 return
@@ -74,6 +84,12 @@ class Session:
         finally:
             stream.close()
         raise Retry("the coordinator ended the stream")
+
+    def _catch_up(self) -> None:
+        """From a checkpoint where that is nearer, then entry by entry."""
+        self.participant.catch_up(self.link.from_checkpoint(self.participant.position))
+        for body in self.link.entries(self.participant.position.next_sequence):
+            self.participant.on_entry(body)
 
     def _has_ledger(self) -> bool:
         """Whether the run has begun: its identity may still wait for the first worker."""
@@ -151,7 +167,7 @@ def evaluate(
     """
     if not follow:
         newest = link.persist(lambda: link.catch_up(ledger.origin(config, identity)), report.note)
-        bench.adopt(newest.coefficients)
+        bench.adopt(newest)
         return bench.score()
     position = ledger.origin(config, identity)
     done = link.persist(lambda: _already_posted(link, name), report.note)
@@ -163,7 +179,7 @@ def evaluate(
         """Measure and post what is due; repeated after a lost connection."""
         nonlocal due, last
         if due and position.committed not in done:
-            bench.adopt(position.coefficients)
+            bench.adopt(position)
             last = bench.score()
             _post(link, position, name, last)
             done.add(position.committed)

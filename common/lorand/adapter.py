@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from lorand.coefficients import Coefficients
 from lorand.config import RunConfig
 from lorand.errors import ModelError
-from lorand.ledger import Position
+from lorand.ledger import Position, Sparse
 from lorand.manifest import Identity
 
 WEIGHTS_FILE: Final = "adapter.safetensors"
@@ -29,6 +30,8 @@ class Adapter:
     coefficients: Coefficients
     committed: int
     head: bytes
+    closed: tuple[Sparse, ...] = ()
+    """What the run did on the pools before (`directions.rotate_every`)."""
 
 
 def of(position: Position) -> Adapter:
@@ -39,6 +42,7 @@ def of(position: Position) -> Adapter:
         position.coefficients,
         position.committed,
         position.head,
+        position.closed,
     )
 
 
@@ -62,7 +66,8 @@ def save(adapter: Adapter, folder: Path) -> int:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"coefficients": packed}, folder / WEIGHTS_FILE, metadata={"format": FORMAT})
+        tensors = {"coefficients": packed, **_pack_closed(adapter.closed)}
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": FORMAT})
         (folder / CONFIG_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ModelError(f"cannot write the adapter to {folder}: {error}") from error
@@ -75,7 +80,8 @@ def load(folder: Path) -> Adapter:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise ModelError(f"{folder} has format {content['format']!r}, not {FORMAT!r}")
-        packed = load_file(folder / WEIGHTS_FILE)["coefficients"]
+        tensors = load_file(folder / WEIGHTS_FILE)
+        packed = tensors["coefficients"]
         config = RunConfig.from_json(json.dumps(content["run"]))
         identity = Identity.from_lock(json.dumps(content["identity"]))
         if packed.shape != (config.directions.pool_size,) or packed.dtype.kind != "i":
@@ -86,8 +92,33 @@ def load(folder: Path) -> Adapter:
             packed.astype(np.int64),
             int(content["committed"]),
             bytes.fromhex(content["ledger_head"]),
+            _unpack_closed(tensors, config.directions.pool_size),
         )
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(
             f"{folder} holds no readable adapter ({error!r}); write one with `lr-worker export`"
         ) from error
+
+
+def _pack_closed(closed: tuple[Sparse, ...]) -> dict[str, NDArray[Any]]:
+    """Coefficients of all closed pools after one another, and how many each has."""
+    if not closed:
+        return {}
+    values = np.concatenate([pool.values for pool in closed])
+    fits = bool(np.all(np.abs(values) < 2**31))
+    return {
+        "closed_counts": np.array([len(pool.values) for pool in closed], np.int32),
+        "closed_indices": np.concatenate([pool.indices for pool in closed]).astype(np.int32),
+        "closed_values": values.astype(np.int32 if fits else np.int64),
+    }
+
+
+def _unpack_closed(tensors: dict[str, NDArray[Any]], size: int) -> tuple[Sparse, ...]:
+    if "closed_counts" not in tensors:
+        return ()
+    ends = np.cumsum(tensors["closed_counts"])[:-1]
+    indices = tensors["closed_indices"].astype(np.int64)
+    if indices.size and not 0 <= indices.min() <= indices.max() < size:
+        raise ValueError("an index of a closed pool is outside of it")
+    parts = np.split(indices, ends), np.split(tensors["closed_values"].astype(np.int64), ends)
+    return tuple(Sparse(i, v) for i, v in zip(*parts, strict=True))

@@ -163,11 +163,14 @@ def first_scale_exponent(codec: Codec) -> int:
     return {"int8": -6, "log8": 4, "sign": 0, "int32": INT32_SCALE_EXPONENT}[codec]
 
 
-def quantise_delta(codec: DeltaCodec, wanted: Floats) -> tuple[int, Codes]:
+def quantise_delta(
+    codec: DeltaCodec, wanted: Floats, uniform: Floats | None = None
+) -> tuple[int, Codes]:
     """Return (scale, codes) with scale · codes ≈ wanted, all integers, wanted in quanta.
 
     The ledger's ΔA is exactly scale · codes; the caller keeps wanted − scale · codes as error
-    feedback. `sign` takes the mean magnitude for its scale (Bernstein et al., signSGD with error
+    feedback, or gives `uniform` numbers in [0, 1) for codes whose mean is what is wanted (not with
+    `sign`). `sign` takes the mean magnitude for its scale (Bernstein et al., signSGD with error
     feedback: Karimireddy et al., ICML 2019), int8 the largest magnitude / 127, int32 is wide
     enough to be exact to half a quantum unless a value exceeds it.
     """
@@ -180,7 +183,9 @@ def quantise_delta(codec: DeltaCodec, wanted: Floats) -> tuple[int, Codes]:
         return scale, np.where(wanted < 0, -1, 1).astype(np.int64)
     limit = LARGEST[codec]
     scale = max(1, int(np.ceil(largest / limit)))
-    return scale, np.clip(np.rint(wanted / scale), -limit, limit).astype(np.int64)
+    units = wanted / scale
+    rounded = np.rint(units) if uniform is None else np.floor(units + uniform)
+    return scale, np.clip(rounded, -limit, limit).astype(np.int64)
 
 
 def delta(scale: int, codes: Codes) -> Coefficients:

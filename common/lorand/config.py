@@ -7,6 +7,8 @@ what an operator may change between restarts: addresses, limits and deadlines of
 import hashlib
 import json
 import tomllib
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -14,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lorand.codec import Codec, DeltaCodec, Rounding
 from lorand.coefficients import check_size, quanta
-from lorand.directions import Draws, Family, Pool, pool_key
+from lorand.directions import Drawing, Draws, Family, Pool, pool_key
 from lorand.errors import ConfigError
 from lorand.manifest import Identity
 from lorand.schedules import REFINED_POINTS, Schedule
@@ -33,7 +35,18 @@ ADDED_LATER: Final[dict[str, dict[str, object]]] = {
     "model": {"quantisation": "none"},
     "codec": {"rounding": "nearest"},
     "optimizer": {"warmup_rounds": 0, "spread_decay": 0.9, "clip_factor": 0.0, "refined": []},
+    "estimator": {"max_batch_size": 0, "max_directions_per_round": 0},
     "rounds": {"aggregation": "mean"},
+    "directions": {"drawing": "uniform", "rotate_every": 0},
+    "local": {
+        "steps": 0,
+        "epochs": 0,
+        "space": "seeds",
+        "optimizer": "SGD",
+        "learning_rate": 1e-3,
+        "options": {},
+        "error_feedback": True,
+    },
 }
 """Settings that the first runs did not have: at these values they are not part of the identity."""
 
@@ -88,6 +101,8 @@ class DirectionsSection(_Section):
     mode: Literal["shared", "own"] = "shared"
     quantum_exponent: Annotated[int, Field(ge=8, le=48)] = 32
     head_scale: float = 16.0
+    drawing: Drawing = "uniform"
+    rotate_every: Annotated[int, Field(ge=0, le=1_000_000)] = 0
 
     @field_validator("pool_size")
     @classmethod
@@ -108,8 +123,27 @@ class EstimatorSection(_Section):
 
     kind: EstimatorKind
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
+    max_batch_size: Annotated[int, Field(ge=0, le=65536)] = 0
     perturbation_scale: Annotated[float, Field(gt=0, le=1024, allow_inf_nan=False)] = 0.01
     directions_per_round: Count = 8
+    max_directions_per_round: Annotated[int, Field(ge=0, le=2**20)] = 0
+
+
+class LocalSection(_Section):
+    """Steps that a participant takes on its own data before it reports; see `local_steps`."""
+
+    steps: Annotated[int, Field(ge=0, le=100_000)] = 0
+    epochs: Annotated[int, Field(ge=0, le=1000)] = 0
+    space: Literal["seeds", "weights"] = "seeds"
+    optimizer: str = "SGD"
+    learning_rate: Positive = 1e-3
+    options: dict[str, bool | int | float | tuple[float, ...]] = {}
+    error_feedback: bool = True
+
+    @property
+    def taken(self) -> bool:
+        """Whether participants take steps of their own."""
+        return self.steps > 0 or self.epochs > 0
 
 
 class CodecSection(_Section):
@@ -188,6 +222,7 @@ class RunConfig(_Section):
     task: TaskSection
     directions: DirectionsSection = DirectionsSection()
     estimator: EstimatorSection
+    local: LocalSection = LocalSection()
     codec: CodecSection = CodecSection()
     optimizer: OptimizerSection
     rounds: RoundsSection
@@ -196,48 +231,165 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Refuse combinations that cannot work, with the way out."""
-        if self.perturbation_quanta < 1 and self.estimator.kind in ("spsa", "one-sided"):
-            raise ValueError(
-                "estimator.perturbation_scale is below the quantum 2^-quantum_exponent; "
-                "raise one of them"
-            )
-        if self.num_directions > self.directions.pool_size:
-            raise ValueError("estimator.directions_per_round is larger than directions.pool_size")
-        if self.estimator.kind == "backprop" and self.directions.mode == "own":
-            raise ValueError(
-                'estimator "backprop" reports the whole pool: set directions.mode = "shared"'
-            )
-        if self.directions.family == "independent" and self.directions.pool_size > 4096:
-            raise ValueError(
-                'directions.family = "independent" costs K passes; use "hadamard" above 4096'
-            )
-        if self.codec.rounding == "unbiased" and self.codec.up == "sign":
-            raise ValueError(
-                'codec.up = "sign" keeps only signs, which cannot be unbiased: set '
-                'codec.rounding = "nearest", or codec.up = "int8" or "log8"'
-            )
-        if self.optimizer.warmup_rounds >= self.run.rounds:
-            raise ValueError(
-                f"optimizer.warmup_rounds = {self.optimizer.warmup_rounds} leaves nothing of "
-                f"{self.run.rounds} rounds; make it smaller"
-            )
-        if self.rounds.aggregation == "majority" and self.directions.mode == "own":
-            raise ValueError(
-                'rounds.aggregation = "majority" votes on directions that all measured: set '
-                'directions.mode = "shared"'
-            )
-        if 0 < self.rounds.start_with < self.rounds.quorum:
-            raise ValueError("rounds.start_with must be 0 (= quorum) or at least rounds.quorum")
-        if self.service.heartbeat_timeout_s < 2 * self.service.heartbeat_s:
-            raise ValueError("service.heartbeat_timeout_s must be at least twice heartbeat_s")
+        checks = (
+            self._measured_wrongly,
+            self._grown_wrongly,
+            self._taken_wrongly,
+            self._run_wrongly,
+        )
+        for holds, why in chain.from_iterable(check() for check in checks):
+            if holds:
+                raise ValueError(why)
         return self
+
+    def _measured_wrongly(self) -> Iterator[tuple[bool, str]]:
+        """What cannot be of directions, estimator and codec."""
+        estimator, directions = self.estimator, self.directions
+        perturbs = estimator.kind in ("spsa", "one-sided")
+        yield (
+            self.perturbation_quanta < 1 and perturbs,
+            "estimator.perturbation_scale is below the quantum 2^-quantum_exponent; "
+            "raise one of them",
+        )
+        yield (
+            self.num_directions > directions.pool_size,
+            "estimator.directions_per_round (times local.steps) is larger than "
+            "directions.pool_size",
+        )
+        yield (
+            estimator.kind == "backprop" and directions.mode == "own",
+            'estimator "backprop" reports the whole pool: set directions.mode = "shared"',
+        )
+        yield (
+            estimator.kind == "backprop" and directions.drawing != "uniform",
+            'estimator "backprop" reports the whole pool: set directions.drawing = "uniform"',
+        )
+        yield (
+            directions.family == "independent" and directions.pool_size > 4096,
+            'directions.family = "independent" costs K passes; use "hadamard" above 4096',
+        )
+        yield (
+            directions.rotate_every > 0
+            and (self.model.dtype != "float32" or self.model.quantisation != "none"),
+            "directions.rotate_every folds each pool into float32 weights: set model.dtype = "
+            '"float32" and model.quantisation = "none" (workers still pass in bfloat16 with '
+            "--precision)",
+        )
+        yield (
+            directions.rotate_every > 0 and directions.drawing != "uniform",
+            "weights of directions are learned on one pool: set directions.rotate_every = 0, or "
+            'directions.drawing = "uniform"',
+        )
+        yield (
+            self.codec.rounding == "unbiased" and self.codec.up == "sign",
+            'codec.up = "sign" keeps only signs, which cannot be unbiased: set '
+            'codec.rounding = "nearest", or codec.up = "int8" or "log8"',
+        )
+
+    def _grown_wrongly(self) -> Iterator[tuple[bool, str]]:
+        """What cannot be of batches and of numbers of directions that grow."""
+        estimator = self.estimator
+        yield (
+            0 < estimator.max_batch_size < estimator.batch_size,
+            "estimator.max_batch_size is below batch_size: raise it, or set it to 0 for batches "
+            "that stay as they are",
+        )
+        most = estimator.max_directions_per_round
+        yield (
+            0 < most < estimator.directions_per_round or most > self.directions.pool_size,
+            "estimator.max_directions_per_round must be directions_per_round to "
+            "directions.pool_size, or 0 for as many in each round",
+        )
+        yield (
+            most > 0 and estimator.kind == "backprop",
+            'estimator "backprop" measures all directions: set max_directions_per_round = 0',
+        )
+        yield (
+            (most > 0 or estimator.max_batch_size > 0)
+            and (
+                self.directions.mode == "own"
+                or self.local.taken
+                or self.codec.up == "sign"
+                or self.rounds.quorum < 2
+            ),
+            "estimator.max_batch_size and max_directions_per_round follow from how far "
+            'participants\' scalars are apart: that needs directions.mode = "shared", local.steps '
+            '= 0, rounds.quorum of 2 or more and a codec other than "sign"; or set both to 0',
+        )
+
+    def _taken_wrongly(self) -> Iterator[tuple[bool, str]]:
+        """What cannot be of local steps."""
+        local = self.local
+        backprop = self.estimator.kind == "backprop"
+        yield (
+            local.steps > 0 and local.epochs > 0,
+            "local.steps and local.epochs say the same in two ways: set one of them to 0",
+        )
+        yield (
+            local.epochs > 0 and not backprop,
+            "local.epochs is another number of steps for each participant, which directions "
+            'cannot be drawn for: set local.steps, or estimator.kind = "backprop"',
+        )
+        yield (
+            local.space == "weights" and not (backprop and local.taken),
+            'local.space = "weights" needs gradients and steps: set estimator.kind = "backprop" '
+            "and local.steps",
+        )
+        yield (
+            local.taken and self.codec.up == "log8",
+            'what local steps moved is reported with a scale of its own: set codec.up = "int8", '
+            '"sign" or "int32"',
+        )
+        yield (
+            local.taken and self.rounds.aggregation == "majority",
+            'rounds.aggregation = "majority" votes on scalars: set local.steps = 0, or '
+            'rounds.aggregation = "mean"',
+        )
+
+    def _run_wrongly(self) -> Iterator[tuple[bool, str]]:
+        """What cannot be of rounds, schedule and service."""
+        rounds, service = self.rounds, self.service
+        yield (
+            self.optimizer.warmup_rounds >= self.run.rounds,
+            f"optimizer.warmup_rounds = {self.optimizer.warmup_rounds} leaves nothing of "
+            f"{self.run.rounds} rounds; make it smaller",
+        )
+        yield (
+            rounds.aggregation == "majority" and self.directions.mode == "own",
+            'rounds.aggregation = "majority" votes on directions that all measured: set '
+            'directions.mode = "shared"',
+        )
+        yield (
+            0 < rounds.start_with < rounds.quorum,
+            "rounds.start_with must be 0 (= quorum) or at least rounds.quorum",
+        )
+        yield (
+            service.heartbeat_timeout_s < 2 * service.heartbeat_s,
+            "service.heartbeat_timeout_s must be at least twice heartbeat_s",
+        )
 
     @property
     def num_directions(self) -> int:
         """Scalars a participant reports in a round."""
         if self.estimator.kind == "backprop":
             return self.directions.pool_size
-        return self.estimator.directions_per_round
+        return self.estimator.directions_per_round * max(1, self.local.steps)
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether A alone does not say what comes next, so that who joins reads all entries."""
+        return self.directions.rotate_every > 0 or self.directions.drawing != "uniform"
+
+    @property
+    def keeps_feedback(self) -> bool:
+        """Whether participants carry what their codes lose into the next round."""
+        local = self.local
+        return local.taken and local.error_feedback and self.codec.rounding == "nearest"
+
+    def pool_after(self, committed: int) -> int:
+        """Return the number of the pool, from 0, on which the round after these is measured."""
+        every = self.directions.rotate_every
+        return min(committed, self.run.rounds - 1) // every if every else 0
 
     @property
     def perturbation_quanta(self) -> int:
@@ -247,13 +399,16 @@ class RunConfig(_Section):
     def draws(self, run_digest: bytes) -> Draws:
         """Return the directions of the rounds of this run."""
         section = self.directions
-        return Draws(run_digest, section.mode, section.pool_size, self.num_directions)
+        return Draws(
+            run_digest, section.mode, section.pool_size, self.num_directions, section.drawing
+        )
 
-    def pool(self, identity: Identity) -> Pool:
-        """Return the run's seed pool on a base model and trainable set."""
+    def pool(self, identity: Identity, number: int = 0) -> Pool:
+        """Return a seed pool of the run, its first or number so and so, on a base and a set."""
         section = self.directions
-        key = pool_key(identity.base_digest, identity.manifest.digest(), section.pool_index)
-        return Pool(key, section.pool_size, section.quantum_exponent, section.family)
+        index = (section.pool_index + number) % 2**32
+        key = pool_key(identity.base_digest, identity.manifest.digest(), index)
+        return Pool(key, section.pool_size, section.quantum_exponent, section.family, number)
 
     def canonical(self) -> str:
         """Return the identity of the run as text: JSON, sorted, without [service]."""
@@ -262,6 +417,8 @@ class RunConfig(_Section):
             for name, value in added.items():
                 if content[section][name] == value:
                     del content[section][name]
+            if not content[section]:
+                del content[section]
         return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     def digest(self) -> bytes:

@@ -81,6 +81,19 @@ class LayerwiseReplica(Replica):
                 self._make({spec.name: out})
                 yield spec.name, out
 
+    def _fold(self) -> None:
+        for spec in self.manifest.tensors:
+            base = self._bases[spec.name]
+            if not isinstance(base, torch.Tensor):
+                raise ModelError(
+                    f"{spec.name!r} is kept quantised and cannot move to another pool; set "
+                    'model.quantisation = "none"'
+                )
+        for name, weights in self.weights():
+            base = self._bases[name]
+            assert isinstance(base, torch.Tensor)
+            base.copy_(weights)
+
     def on_gradient(self, call: OnGradient) -> None:
         """See Replica."""
         self._on_gradient = call

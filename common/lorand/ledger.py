@@ -82,8 +82,29 @@ def start_entry(config: RunConfig, identity: Identity) -> pb.Entry:
 
 
 @dataclass(frozen=True)
+class Sparse:
+    """Coefficients that are not zero, at their indices: those of a pool that a run has left."""
+
+    indices: Coefficients
+    values: Coefficients
+
+    @staticmethod
+    def of(coefficients: Coefficients) -> "Sparse":
+        """Return what is not zero of A, shape (K,)."""
+        indices = np.flatnonzero(coefficients).astype(np.int64)
+        return Sparse(indices, coefficients[indices])
+
+    def dense(self, size: int) -> Coefficients:
+        """Return A, shape (size,)."""
+        return add(zeros(size), self.indices, self.values)
+
+
+@dataclass(frozen=True)
 class Position:
-    """A reader's place in a run: what it has applied, and the coefficients that follow from it."""
+    """A reader's place in a run: what it has applied, and the coefficients that follow from it.
+
+    The weights are those of the `closed` pools, one after another, and then of `coefficients`.
+    """
 
     config: RunConfig
     identity: Identity
@@ -93,6 +114,7 @@ class Position:
     head: bytes = GENESIS
     committed: int = 0
     finished: bool = False
+    closed: tuple[Sparse, ...] = ()
 
     @property
     def run_digest(self) -> bytes:
@@ -146,7 +168,13 @@ def apply(position: Position, body: bytes) -> Position:
     if kind == "commit":
         indices, change = committed_delta(position, entry)
         moved = add(position.coefficients, indices, change)
-        return replace(after, coefficients=moved, committed=position.committed + 1)
+        draws = position.draws.after(indices, change)
+        committed = position.committed + 1
+        after = replace(after, coefficients=moved, committed=committed, draws=draws)
+        if position.config.pool_after(committed) == len(position.closed):
+            return after
+        closed = (*position.closed, Sparse.of(moved))
+        return replace(after, coefficients=zeros(len(moved)), closed=closed)
     if kind == "finish":
         return replace(after, finished=True)
     return after
@@ -158,7 +186,9 @@ def committed_delta(position: Position, entry: pb.Entry) -> tuple[Coefficients, 
     workers = tuple(commit.workers)
     if not workers or list(workers) != sorted(set(workers)):
         raise LedgerError(f"entry {entry.sequence} does not list its workers in order")
-    indices = position.draws.committed(entry.round_index, workers)
+    if commit.directions > position.config.estimator.max_directions_per_round:
+        raise LedgerError(f"entry {entry.sequence} moves more directions than the run allows")
+    indices = position.draws.committed(entry.round_index, workers, commit.directions)
     try:
         codes = codec.unpack(position.config.codec.down, commit.codes, len(indices))
         return indices, codec.delta(commit.scale, codes)

@@ -37,12 +37,10 @@ class Replica(ABC):
     def __init__(self, manifest: Manifest, pool: Pool, backend: Backend) -> None:
         """Start at A = 0."""
         self.manifest = manifest
-        self.pool = pool
         self.backend = backend
         self._places = {spec.name: (tid, spec) for tid, spec in enumerate(manifest.tensors)}
-        self._keys = seed_keys(pool) if pool.family == "independent" else []
         self._perturbed: Displacement | None = None
-        self.set(zeros(pool.size))
+        self._take(pool)
 
     def set(self, coefficients: Coefficients) -> None:
         """Adopt A, shape (K,): the weights are w(A) from here on.
@@ -58,6 +56,30 @@ class Replica(ABC):
         self._settled = self._displacement(coefficients)
         self.coefficients = coefficients
         self._moved()
+
+    def fold(self, coefficients: Coefficients, pool: Pool) -> None:
+        """Have w(A) for the base, and A = 0 on another pool (DESIGN §2 step 9).
+
+        Float32 weights alone are added pool by pool without another rounding: raises ModelError
+        for others.
+        """
+        if any(spec.dtype != "float32" for spec in self.manifest.tensors):
+            raise ModelError(
+                'only float32 weights move to another pool; set model.dtype = "float32"'
+            )
+        self.set(coefficients)
+        self._fold()
+        self._take(pool)
+
+    def _take(self, pool: Pool) -> None:
+        """Have directions of this pool, A = 0."""
+        self.pool = pool
+        self._keys = seed_keys(pool) if pool.family == "independent" else []
+        self.set(zeros(pool.size))
+
+    @abstractmethod
+    def _fold(self) -> None:
+        """Write the weights over the base weights."""
 
     @contextmanager
     def perturbed(self, index: int, quanta: int) -> Iterator[None]:
@@ -174,6 +196,23 @@ class CopyReplica(Replica):
         self.settle()
         return self._live
 
+    @property
+    def parameters(self) -> Mapping[str, torch.Tensor]:
+        """The model's own parameters by name, for those who step on them: see `drift`."""
+        return self._parameters
+
+    def drift(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each tensor's name and what its weights are away from w(A)."""
+        for target in self._targets:
+            name = self.manifest.tensors[target.tid].name
+            should_be = torch.empty_like(target.out)
+            self._write([Target(target.base, should_be, target.tid, target.scale_exponent)])
+            yield name, target.out - should_be
+
+    def disturbed(self) -> None:
+        """Note that others wrote to the parameters: they are written again when next needed."""
+        self._stale = True
+
     def direction(self, index: int) -> dict[str, torch.Tensor]:
         """Return z_index · 2^s of each tensor by name: ±2^s in its shape, dtype and device."""
         one = zeros(self.pool.size)
@@ -192,6 +231,9 @@ class CopyReplica(Replica):
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """See Replica."""
         yield from self.live.items()
+
+    def _fold(self) -> None:
+        self._write([self._target(name, base, base) for name, base in self.base.items()])
 
     def on_gradient(self, call: OnGradient) -> None:
         """See Replica."""

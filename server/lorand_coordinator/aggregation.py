@@ -10,14 +10,19 @@ from lorand.codec import Codes, Floats
 from lorand.config import RunConfig
 from lorand.directions import Draws, Indices
 from lorand.errors import ContributionError
+from lorand.v1 import ledger_pb2 as pb
 
 
 @dataclass(frozen=True)
 class Report:
-    """A participant's codes for a round, and how many examples are behind them."""
+    """A participant's codes for a round, how many examples are behind them, and their scale.
+
+    `scale` is in quanta a code, where participants take local steps, else 0.
+    """
 
     codes: Codes
     examples: int = 0
+    scale: int = 0
 
 
 @dataclass(frozen=True)
@@ -25,17 +30,32 @@ class Estimate:
     """The aggregated gradient: `values[i]` at direction `indices[i]` (distinct).
 
     `measured` counts scalars, so that w −= lr · (1/measured) Σ_i values[i] · z_indices[i] is a step
-    along an unbiased estimate of the gradient averaged over the participants.
+    along an unbiased estimate of the gradient averaged over the participants. `walked` says that
+    the values are no gradient: w −= lr · Σ_i values[i] · z_indices[i] takes the mean of the
+    participants' local steps at lr = 1 (Reddi et al., Adaptive Federated Optimization, ICLR 2021,
+    algorithm 1).
     """
 
     indices: Indices
     values: Floats
     measured: int
+    walked: bool = False
 
 
-def unpack(config: RunConfig, data: bytes) -> Codes:
-    """Return the codes of a contribution. Raises ContributionError when they do not fit."""
-    return codec.unpack(config.codec.up, data, config.num_directions)
+def report(config: RunConfig, contribution: pb.Contribution, count: int = 0) -> Report:
+    """Return what a contribution to a round of `count` directions (0: as usual) says.
+
+    Raises ContributionError when it does not fit the run.
+    """
+    count = count or config.num_directions
+    codes = codec.unpack(config.codec.up, contribution.codes, count)
+    if config.local.taken:
+        codec.delta(contribution.scale, codes)
+        if contribution.scale == 0 and codes.any() and config.codec.up != "sign":
+            raise ContributionError("what local steps moved came without the scale of its codes")
+    elif contribution.scale:
+        raise ContributionError("a scale came with scalars, which have the round's")
+    return Report(codes, contribution.examples, contribution.scale)
 
 
 def aggregate(
@@ -56,25 +76,38 @@ def aggregate(
         raise ContributionError("a round without contributions cannot be aggregated")
     workers = tuple(sorted(reports))
     weights = _weights(config, [reports[worker].examples for worker in workers])
-    decoded = [
-        weight * codec.decode(config.codec.up, reports[worker].codes, scale_exponent)
+    parts = [
+        weight * decoded(config, reports[worker], scale_exponent)
         for worker, weight in zip(workers, weights, strict=True)
     ]
-    indices = draws.committed(round_index, workers)
+    indices = draws.committed(round_index, workers, len(parts[0]))
+    walked = config.local.taken
+    factors = np.ones(len(indices)) if walked else draws.importance(indices)
     if config.directions.mode == "shared":
         if config.rounds.aggregation == "majority":
-            decoded = [
-                weight * np.sign(part) for weight, part in zip(weights, decoded, strict=True)
-            ]
-            return Estimate(indices, np.sign(np.sum(decoded, axis=0)), len(indices))
-        mean = np.sum(decoded, axis=0) / len(workers)
-        return Estimate(indices, mean, len(indices))
+            votes = [weight * np.sign(part) for weight, part in zip(weights, parts, strict=True)]
+            return Estimate(indices, np.sign(np.sum(votes, axis=0)), len(indices))
+        mean = factors * np.sum(parts, axis=0) / len(workers)
+        return Estimate(indices, mean, len(indices), walked)
     place = {index: position for position, index in enumerate(indices.tolist())}
     values = np.zeros(len(indices))
-    for worker, part in zip(workers, decoded, strict=True):
+    for worker, part in zip(workers, parts, strict=True):
         drawn = draws.of(round_index, worker)
         np.add.at(values, [place[index] for index in drawn.tolist()], part)
-    return Estimate(indices, values, len(workers) * config.num_directions)
+    if walked:
+        return Estimate(indices, values / len(workers), len(indices), walked)
+    return Estimate(indices, factors * values, len(workers) * config.num_directions)
+
+
+def decoded(config: RunConfig, report: Report, scale_exponent: int) -> Floats:
+    """Return a report's scalars, shape (num_directions,).
+
+    Of local steps it is the way they went, turned round, in units of an unscaled weight.
+    """
+    if not config.local.taken:
+        return codec.decode(config.codec.up, report.codes, scale_exponent)
+    moved = codec.delta(report.scale, report.codes).astype(np.float64)
+    return moved * -(2.0**-config.directions.quantum_exponent)
 
 
 def _weights(config: RunConfig, examples: list[int]) -> list[float]:

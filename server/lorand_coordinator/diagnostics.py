@@ -12,8 +12,8 @@ from typing import Final
 import numpy as np
 
 from lorand import codec
-from lorand.codec import Codes
 from lorand.config import RunConfig
+from lorand_coordinator.aggregation import Report, decoded
 
 WINDOW: Final = 20
 """Rounds that the figures are taken over."""
@@ -81,29 +81,30 @@ class Finding:
     warning: bool = True
 
 
-def of_round(config: RunConfig, scale_exponent: int, contributions: Sequence[Codes]) -> Figures:
-    """Return a round's figures from its participants' codes, each of shape (num_directions,).
+def of_round(config: RunConfig, scale_exponent: int, reports: Sequence[Report]) -> Figures:
+    """Return a round's figures from its participants' reports.
 
     With shared directions and n ≥ 2 participants, x_ik the decoded scalar of participant i along
     direction k, m_k their mean and v_k = Σ_i (x_ik − m_k)² / (n (n − 1)) the variance of that mean:
     E[m_k²] is the squared slope plus v_k, so signal = Σ_k (m_k² − v_k), unbiased, and
     noise = Σ_k v_k. Participants count equally. It may come out negative where there is no signal.
     """
-    codes = np.concatenate(contributions)
+    codes = np.concatenate([report.codes for report in reports])
     largest = codec.LARGEST[config.codec.up]
-    signs_only = config.codec.up == "sign"
+    # Signs have no end, and what local steps led to has a scale that its largest code fits.
+    endless = config.codec.up == "sign" or config.local.taken
     figures = Figures(
         scalars=len(codes),
         zeros=int(np.count_nonzero(codes == 0)),
-        clipped=0 if signs_only else int(np.count_nonzero(np.abs(codes) == largest)),
+        clipped=0 if endless else int(np.count_nonzero(np.abs(codes) == largest)),
         scale_exponent=scale_exponent,
     )
-    count = len(contributions)
+    count = len(reports)
     if config.directions.mode != "shared" or count < 2:
         return figures
-    decoded = np.stack([codec.decode(config.codec.up, c, scale_exponent) for c in contributions])
-    mean = decoded.mean(axis=0)
-    variance = decoded.var(axis=0, ddof=1) / count
+    scalars = np.stack([decoded(config, report, scale_exponent) for report in reports])
+    mean = scalars.mean(axis=0)
+    variance = scalars.var(axis=0, ddof=1) / count
     return figures.plus(
         Figures(
             signal=float(np.sum(mean**2 - variance)),
@@ -124,9 +125,9 @@ class Recent:
     window: int = WINDOW
     rounds: list[Figures] = field(default_factory=list)
 
-    def add(self, scale_exponent: int, contributions: Iterable[Codes]) -> None:
+    def add(self, scale_exponent: int, reports: Iterable[Report]) -> None:
         """Take a committed round."""
-        figures = of_round(self.config, scale_exponent, list(contributions))
+        figures = of_round(self.config, scale_exponent, list(reports))
         self.rounds = [*self.rounds, figures][-self.window :]
 
     @property

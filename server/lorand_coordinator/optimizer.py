@@ -9,7 +9,8 @@ With clip_factor a scalar is bounded by the spread of earlier rounds, which the 
 
 learning_rate is in units of an unscaled weight. With `normalise` (SGD) and with Adam it is the
 root mean square by which a round changes such a weight, whatever K, model and loss are; without,
-w −= learning_rate · gradient estimate.
+w −= learning_rate · gradient estimate. Of local steps it is the share that is taken of their mean,
+and the schedule acts on the local rate instead.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +22,9 @@ from lorand.codec import Codes, Floats
 from lorand.coefficients import Coefficients, add, zeros
 from lorand.config import RunConfig
 from lorand.directions import Draws
+from lorand_coordinator import pace
 from lorand_coordinator.aggregation import Estimate, Report, aggregate
+from lorand_coordinator.pace import Pace
 
 ADAM_EPSILON = 1e-12
 """Only against division by zero: codes are integers, so a moment is zero or far above this."""
@@ -44,6 +47,7 @@ class State:
     spread_weight: float
     scale_exponent: int
     committed: int
+    pace: Pace
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def start(config: RunConfig) -> State:
     size = config.directions.pool_size
     empty = np.zeros(size)
     scale_exponent = codec.first_scale_exponent(config.codec.up)
-    return State(zeros(size), empty, empty, empty, empty, 0.0, 0.0, scale_exponent, 0)
+    paced = pace.start(config)
+    return State(zeros(size), empty, empty, empty, empty, 0.0, 0.0, scale_exponent, 0, paced)
 
 
 def advance(
@@ -83,26 +88,47 @@ def advance(
     feedback = state.feedback.copy()
     feedback[estimate.indices] = wanted - change
     arrived = np.concatenate([reports[worker].codes for worker in sorted(reports)])
+    exponent = state.scale_exponent
+    if not config.local.taken:
+        exponent = codec.next_scale_exponent(config.codec.up, exponent, arrived)
     after = replace(
         moved,
         coefficients=add(state.coefficients, estimate.indices, change),
         feedback=feedback,
-        scale_exponent=codec.next_scale_exponent(config.codec.up, state.scale_exponent, arrived),
+        scale_exponent=exponent,
         committed=state.committed + 1,
+        pace=pace.after(
+            config,
+            state.pace,
+            state.scale_exponent,
+            [reports[worker] for worker in sorted(reports)],
+            _factor(config, state),
+        ),
     )
+    if config.pool_after(after.committed) != config.pool_after(state.committed):
+        after = _on_new_pool(after)
     return after, Update(estimate.indices, scale, codes)
+
+
+def _on_new_pool(state: State) -> State:
+    """What a coordinate of the old pool has gathered is of no use to the new one's."""
+    empty = np.zeros(len(state.first))
+    return replace(
+        state,
+        coefficients=zeros(len(empty)),
+        first=empty,
+        second=empty,
+        visits=empty,
+        feedback=empty,
+    )
 
 
 def _step(config: RunConfig, state: State, estimate: Estimate) -> tuple[State, Floats]:
     """Return the moved moments and the change of A at the estimate's indices, in weight units."""
     settings = config.optimizer
-    rate = settings.learning_rate * schedules.factor(
-        settings.schedule,
-        state.committed,
-        config.run.rounds,
-        settings.warmup_rounds,
-        settings.refined,
-    )
+    rate = settings.learning_rate
+    if not estimate.walked:
+        rate *= _factor(config, state)
     if settings.kind == "adam":
         return _adam(config, state, estimate, rate)
     at, values = estimate.indices, estimate.values
@@ -110,11 +136,22 @@ def _step(config: RunConfig, state: State, estimate: Estimate) -> tuple[State, F
     first[at] = settings.momentum * first[at] + values
     moved = replace(_spread_after(config, state, values), first=first)
     if not settings.normalise:
-        return moved, -rate / estimate.measured * first[at]
+        return moved, -rate / (1 if estimate.walked else estimate.measured) * first[at]
     if moved.spread == 0.0:
         return moved, np.zeros_like(values)
     typical = np.sqrt(moved.spread / moved.spread_weight)
     return moved, -rate / np.sqrt(estimate.measured) * first[at] / typical
+
+
+def _factor(config: RunConfig, state: State) -> float:
+    settings = config.optimizer
+    return schedules.factor(
+        settings.schedule,
+        state.committed,
+        config.run.rounds,
+        settings.warmup_rounds,
+        settings.refined,
+    )
 
 
 def _spread_after(config: RunConfig, state: State, values: Floats) -> State:

@@ -40,6 +40,26 @@ _TWO_LOSSES_A_ROUND: Final[Settings] = {
     "optimizer": {"learning_rate": 1e-6, "normalise": False, "schedule": "constant"},
 }
 _SCALARS_AS_MEASURED: Final = {"up": "int32", "down": "int32"}
+_THE_MEAN_OF_STEPS: Final = {"learning_rate": 1.0, "normalise": False, "schedule": "constant"}
+_FEDKSEED: Final[Settings] = {
+    **_ALL_ALIKE,
+    "run": {"rounds": 40},
+    "directions": {"head_scale": 1.0, "mode": "own"},
+    "estimator": {
+        "kind": "spsa",
+        "batch_size": 1,
+        "perturbation_scale": 0.0005,
+        "directions_per_round": 1,
+    },
+    "local": {"steps": 200, "learning_rate": 3e-7},
+    "codec": _SCALARS_AS_MEASURED,
+    "optimizer": _THE_MEAN_OF_STEPS,
+    "rounds": {"weighting": "examples"},
+}
+_FEDKSEED_DIFFERS: Final = (
+    "directions are ±1 from the pool, not Gaussian; a worker's 200 of a round all differ and "
+    "follow from its number, so that none is sent"
+)
 
 PRESETS: Final = {
     "mezo": Preset(
@@ -47,6 +67,80 @@ PRESETS: Final = {
         "directions are ±1 from a pool of 4,096, not Gaussian and new every step; a step is the "
         "mean over the workers; weights are never restored by subtraction",
         {**_TWO_LOSSES_A_ROUND, "codec": _SCALARS_AS_MEASURED},
+    ),
+    "just-one-byte": Preset(
+        "Just One Byte (per gradient): Zelikman et al., arXiv 2306.10015",
+        "directions are ±1, from a new pool of 4,096 each round; a worker measures its 30 on one "
+        "batch; a step is the mean over all scalars, theirs their sum over the root of their "
+        "number; a byte's scale follows the scalars",
+        {
+            **_ALL_ALIKE,
+            "run": {"rounds": 1000},
+            "directions": {"head_scale": 1.0, "mode": "own", "rotate_every": 1},
+            "estimator": {
+                "kind": "spsa",
+                "batch_size": 64,
+                "perturbation_scale": 0.001,
+                "directions_per_round": 30,
+            },
+            "codec": {"up": "log8", "down": "int32"},
+            "optimizer": {"learning_rate": 0.1, "normalise": False, "schedule": "constant"},
+        },
+    ),
+    "fedkseed": Preset(
+        "FedKSeed: Qin et al., Federated Full-Parameter Tuning of Billion-Sized Language Models "
+        "with Communication Cost under 18 Kilobytes, ICML 2024",
+        _FEDKSEED_DIFFERS,
+        _FEDKSEED,
+    ),
+    "fedkseed-pro": Preset(
+        "FedKSeed-Pro: Qin et al., Federated Full-Parameter Tuning of Billion-Sized Language "
+        "Models with Communication Cost under 18 Kilobytes, ICML 2024",
+        f"{_FEDKSEED_DIFFERS}; directions are weighted by what the ledger holds, the mean over "
+        "workers, not by each worker's scalars",
+        {
+            **_FEDKSEED,
+            "directions": {**_FEDKSEED["directions"], "pool_size": 1024, "drawing": "weighted"},
+        },
+    ),
+    "decomfl": Preset(
+        "DeComFL: Li et al., Achieving Dimension-Free Communication in Federated Learning via "
+        "Zeroth-Order Optimization, ICLR 2025",
+        "directions are ±1 from a pool of 4,096, not Gaussian and new every step",
+        {
+            **_ALL_ALIKE,
+            "run": {"rounds": 3000},
+            "estimator": {
+                "kind": "spsa",
+                "batch_size": 32,
+                "perturbation_scale": 0.001,
+                "directions_per_round": 10,
+            },
+            "local": {"steps": 1, "learning_rate": 1e-4},
+            "codec": _SCALARS_AS_MEASURED,
+            "optimizer": _THE_MEAN_OF_STEPS,
+        },
+    ),
+    "ferret": Preset(
+        "Ferret: Shu et al., Federated Full-Parameter Tuning at Scale for Large Language Models, "
+        "ICML 2025",
+        "directions are ±1 from a fixed pool of 8,192 for all tensors, not truncated normal and "
+        "block by block: a projection costs one pass whatever K is",
+        {
+            **_ALL_ALIKE,
+            "run": {"rounds": 12},
+            "directions": {"head_scale": 1.0, "pool_size": 8192},
+            "estimator": {"kind": "backprop", "batch_size": 4},
+            "local": {
+                "steps": 10,
+                "space": "weights",
+                "optimizer": "AdamW",
+                "learning_rate": 1e-4,
+                "error_feedback": False,
+            },
+            "codec": _SCALARS_AS_MEASURED,
+            "optimizer": _THE_MEAN_OF_STEPS,
+        },
     ),
     "feedsign": Preset(
         "FeedSign: Robust Full-parameter Federated Fine-tuning of Large Models with Extremely Low "
@@ -110,4 +204,6 @@ def render(name: str = "") -> str:
 
 
 def _comment(text: str) -> str:
-    return textwrap.fill(f"{text}.", width=98, initial_indent="# ", subsequent_indent="# ")
+    return textwrap.fill(
+        f"{text}.", width=98, break_on_hyphens=False, initial_indent="# ", subsequent_indent="# "
+    )

@@ -6,6 +6,7 @@ the weights of those who join late.
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from lorand.coefficients import Coefficients
 from lorand.errors import LedgerError
 from lorand.ledger import pack_coefficients
 from lorand_coordinator.optimizer import State
+from lorand_coordinator.pace import Pace
 
 _ARRAYS = ("first", "second", "visits", "feedback")
 
@@ -25,6 +27,12 @@ def pack_state(state: State) -> bytes:
         "spread": state.spread.hex(),
         "spread_weight": state.spread_weight.hex(),
         "scale_exponent": state.scale_exponent,
+        "batch_size": state.pace.batch_size,
+        "directions": state.pace.directions,
+        "needed": state.pace.needed.hex(),
+        "signal": state.pace.signal.hex(),
+        "noise": state.pace.noise.hex(),
+        "rounds": state.pace.rounds,
     }
     arrays = b"".join(getattr(state, name).astype("<f8").tobytes() for name in _ARRAYS)
     body = json.dumps(header).encode() + b"\n" + arrays
@@ -46,10 +54,20 @@ def unpack_state(data: bytes, coefficients: Coefficients, committed: int) -> Sta
             spread_weight=float.fromhex(header["spread_weight"]),
             scale_exponent=int(header["scale_exponent"]),
             committed=committed,
+            pace=_unpack_pace(header),
             **{name: row.copy() for name, row in zip(_ARRAYS, flat, strict=True)},
         )
     except (ValueError, KeyError, TypeError) as error:
         raise LedgerError(f"a checkpoint is of another version of LoRand: {error}") from error
+
+
+def _unpack_pace(header: dict[str, Any]) -> Pace:
+    """Return the pace; the first versions had none, and need none."""
+    if "batch_size" not in header:
+        return Pace()
+    sums = (float.fromhex(header[name]) for name in ("signal", "noise", "needed"))
+    counts = (int(header[name]) for name in ("batch_size", "directions", "rounds"))
+    return Pace(*counts, *sums)
 
 
 def _digest(body: bytes, coefficients: Coefficients, committed: int) -> bytes:

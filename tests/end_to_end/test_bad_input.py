@@ -21,9 +21,7 @@ from tests.commands import Command, MakeRoom, Room, committed, free_port, status
 from tests.runs import IDENTITY, contribution, hello
 
 from lorand import ledger
-from lorand.coefficients import Coefficients
 from lorand.config import PROTOCOL_VERSION, RunConfig
-from lorand.directions import Indices
 from lorand.ledger import Position
 from lorand.manifest import Identity
 from lorand.transport import message_limit
@@ -34,7 +32,7 @@ from lorand.v1 import ledger_pb2_grpc as ledger_service
 from lorand_coordinator.hub import Hub
 from lorand_coordinator.sequencer import Outgoing, Sequencer
 from lorand_coordinator.store import SqliteStore
-from lorand_worker.estimators import Measurement, NonFiniteLoss
+from lorand_worker.estimators import Measurement, NonFiniteLoss, Order
 from lorand_worker.link import Link
 from lorand_worker.session import Session
 
@@ -505,15 +503,15 @@ class Stand:
         """`bad` counts measurements from 1."""
         self._bad, self.measured = bad, 0
 
-    def adopt(self, coefficients: Coefficients) -> None:
+    def adopt(self, position: Position) -> None:
         """See Bench."""
 
-    def measure(self, indices: Indices) -> Measurement:
+    def measure(self, order: Order) -> Measurement:
         """See Bench."""
         self.measured += 1
         if self.measured in self._bad:
             raise NonFiniteLoss("the loss of this batch is nan")
-        return Measurement(np.full(len(indices), 0.1), 0.5)
+        return Measurement(np.full(len(order.indices), 0.1), 0.5)
 
 
 class Quiet:

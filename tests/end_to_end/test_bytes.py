@@ -13,14 +13,13 @@ from tests.commands import MakeRoom, status
 from tests.runs import IDENTITY, hello
 
 from lorand import ledger
-from lorand.coefficients import Coefficients
 from lorand.config import RunConfig
-from lorand.directions import Indices
+from lorand.ledger import Position
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import status_pb2
 from lorand_coordinator.sequencer import Outgoing, Sequencer
 from lorand_coordinator.store import SqliteStore
-from lorand_worker.estimators import Measurement
+from lorand_worker.estimators import Measurement, Order
 from lorand_worker.link import Link
 from lorand_worker.participant import Participant
 from lorand_worker.session import Session
@@ -53,12 +52,12 @@ class Stand:
         """`seed` fixes the scalars."""
         self._source = np.random.default_rng(seed)
 
-    def adopt(self, coefficients: Coefficients) -> None:
+    def adopt(self, position: Position) -> None:
         """See Bench."""
 
-    def measure(self, indices: Indices) -> Measurement:
+    def measure(self, order: Order) -> Measurement:
         """See Bench."""
-        return Measurement(self._source.normal(0.0, 3.0, len(indices)), 0.6931)
+        return Measurement(self._source.normal(0.0, 3.0, len(order.indices)), 0.6931)
 
 
 @dataclass

@@ -168,7 +168,7 @@ def assert_checkpoint_and_tail(room: Room, address: str) -> None:
     link = Link(address, give_up_s=5.0)
     try:
         whole = ledger.replay(link.entries(0))
-        checkpoint = link._from_checkpoint(ledger.origin(whole.config, whole.identity))
+        checkpoint = link.from_checkpoint(ledger.origin(whole.config, whole.identity))
         assert checkpoint.next_sequence > 4, "a checkpoint was there"
         short = link.catch_up(ledger.origin(whole.config, whole.identity))
     finally:

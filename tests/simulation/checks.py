@@ -80,11 +80,9 @@ def check_commits(world: World, store: SqliteStore, bodies: list[bytes]) -> Posi
                 sent = (entry.round_index, part.worker, part.contribution.codes)
                 assert sent in world.reported, f"I6: worker {part.worker} never sent that"
                 assert part.contribution.round_index == entry.round_index, "I6: of another round"
+            count = entry.commit.directions
             reports = {
-                part.worker: aggregation.Report(
-                    aggregation.unpack(config, part.contribution.codes), part.contribution.examples
-                )
-                for part in parts
+                part.worker: aggregation.report(config, part.contribution, count) for part in parts
             }
             assert entry.commit.scale_exponent == state.scale_exponent, "I6: scale"
             state, update = optimizer.advance(

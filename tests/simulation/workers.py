@@ -8,9 +8,7 @@ from tests.runs import IDENTITY
 from tests.simulation.network import Stream
 
 from lorand.codec import Floats
-from lorand.coefficients import Coefficients
-from lorand.directions import Indices
-from lorand.ledger import coefficients_digest
+from lorand.ledger import Position, coefficients_digest
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import coordination_pb2_grpc as coordination
 from lorand.v1 import ledger_pb2 as pb
@@ -18,7 +16,7 @@ from lorand.v1 import ledger_pb2_grpc as ledger_service
 from lorand_coordinator import service
 from lorand_coordinator.hub import Hub
 from lorand_worker import link as links
-from lorand_worker.estimators import Measurement, NonFiniteLoss
+from lorand_worker.estimators import Measurement, NonFiniteLoss, Order
 from lorand_worker.session import Session
 
 if TYPE_CHECKING:
@@ -170,18 +168,18 @@ class Quadratic:
         self.examples = len(name) * life
         self.coefficients = np.zeros(64, np.int64)
 
-    def adopt(self, coefficients: Coefficients) -> None:
-        """Make the weights w(A)."""
-        self.coefficients = coefficients
+    def adopt(self, position: Position) -> None:
+        """See Bench."""
+        self.coefficients = position.coefficients
 
-    def measure(self, indices: Indices) -> Measurement:
+    def measure(self, order: Order) -> Measurement:
         """Return a noisy gradient; now and then the loss is no number."""
         if not self._world.calm and self._world.rng.random() < 0.04:
             self._world.faults["loss is nan"] += 1
             raise NonFiniteLoss("the loss of this batch is nan")
         away: Floats = self.coefficients * 2.0**-32 - self._target
-        noise = self._noise.normal(0, 0.01, len(indices))
-        return Measurement(away[indices] + noise, float(away @ away / 2))
+        noise = self._noise.normal(0, 0.01, len(order.indices))
+        return Measurement(away[order.indices] + noise, float(away @ away / 2))
 
 
 class LocalLink(links.Link):

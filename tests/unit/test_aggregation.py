@@ -12,7 +12,8 @@ from lorand import codec
 from lorand.codec import Floats
 from lorand.directions import Draws
 from lorand.errors import ContributionError
-from lorand_coordinator.aggregation import Estimate, Report, aggregate, unpack
+from lorand.v1 import ledger_pb2 as pb
+from lorand_coordinator.aggregation import Estimate, Report, aggregate, report
 
 RUN: Final = bytes(range(32))
 SCALE: Final = -4
@@ -169,14 +170,14 @@ def test_unpack_takes_a_contribution_of_the_run(up: codec.Codec) -> None:
     config = config_of(codec={"up": up})
     codes = codes_of(config, 0)
     packed = codec.pack(up, codes)
-    assert unpack(config, packed).tolist() == codes.tolist()
+    assert report(config, pb.Contribution(codes=packed)).codes.tolist() == codes.tolist()
     with pytest.raises(ContributionError, match=f"3 {up} codes take"):
-        unpack(config, packed + b"\0")
+        report(config, pb.Contribution(codes=packed + b"\0"))
 
 
 def test_a_first_order_contribution_has_the_whole_pool() -> None:
     config = config_of(estimator={"kind": "backprop"})
     assert config.num_directions == 64
-    assert len(unpack(config, bytes(64))) == 64
+    assert len(report(config, pb.Contribution(codes=bytes(64))).codes) == 64
     with pytest.raises(ContributionError):
-        unpack(config, bytes(3))
+        report(config, pb.Contribution(codes=bytes(3)))

@@ -18,6 +18,7 @@ from lorand_worker.bench import ModelBench, load_base
 from lorand_worker.boundary import Boundary
 from lorand_worker.cache import Limits
 from lorand_worker.data import Examples
+from lorand_worker.estimators import Order
 from lorand_worker.memory import Weights
 from lorand_worker.model import LoadedModel
 from lorand_worker.precision import Precision
@@ -130,8 +131,8 @@ def test_frozen_layers_run_once_an_example_over_many_rounds(
     bench = ModelBench(base, config, examples(), forward=Forward(limits=limits or Limits()))
     frozen.attention.register_forward_hook(lambda _module, inputs, _: rows.append(len(inputs[0])))
     for position in range(9):
-        bench.measure(np.arange(64 if kind == "backprop" else 3))
-        bench.adopt(np.full(64, 2**20 * position))
+        bench.measure(Order(np.arange(64 if kind == "backprop" else 3)))
+        bench.replica.set(np.full(64, 2**20 * position))
         if position in (4, 8):
             bench.score()
     assert sum(rows) == len(examples()) == 24
@@ -144,7 +145,7 @@ def test_with_no_cache_frozen_layers_run_once_a_round(tiny_model: Path) -> None:
     bench = ModelBench(base, config, examples(), forward=Forward(limits=Limits(0, 0)))
     ran = count_runs(base.loaded)
     for _ in range(6):
-        bench.measure(np.arange(5))
+        bench.measure(Order(np.arange(5)))
     assert ran.count(0) == ran.count(1)
     assert ran.count(2) == 10 * ran.count(0), "five directions of two passes each"
 
@@ -191,9 +192,9 @@ def test_weights_made_layer_by_layer_give_the_same_scalars(
         source = random.Random(5)
         bench = ModelBench(base, config, examples(), source, Forward(precision))
         assert bench._task._boundary.depth == 1
-        bench.adopt(coefficients)
+        bench.replica.set(coefficients)
         for _ in range(4):  # the second epoch starts at the boundary
-            measured = bench.measure(np.arange(64 if kind == "backprop" else 3))
+            measured = bench.measure(Order(np.arange(64 if kind == "backprop" else 3)))
         found.append((measured.values, measured.loss, bench.score().loss))
     for copy, layerwise in zip(*found, strict=True):
         np.testing.assert_allclose(layerwise, copy, rtol=1e-5, atol=1e-6)

@@ -69,8 +69,8 @@ def test_the_canonical_text_holds_every_section_but_service() -> None:
     """A setting that the first runs did not have is left out at the value they had."""
     content = json.loads(config_of().canonical())
     for name, added in ADDED_LATER.items():
-        assert set(added).isdisjoint(content[name])
-        content[name] |= added
+        assert set(added).isdisjoint(content.get(name, {}))
+        content[name] = content.get(name, {}) | added
     assert set(content) == set(RunConfig.model_fields) - {"service"}
     for name, section in content.items():
         assert set(section) == set(type(getattr(config_of(), name)).model_fields)
@@ -101,6 +101,8 @@ def changed(section: str, field: str) -> RunConfig:
         other = not value
     elif isinstance(value, (int, float)):
         other = value + 1
+    elif isinstance(value, dict):
+        other = {**value, "more": 1.0}
     else:
         more = 0.5 if field == "refined" else "more"
         other = (*value, more) if isinstance(value, tuple) else value + "more"
@@ -241,6 +243,7 @@ WRONG: Final[list[tuple[str, str, str, str]]] = [
     ("estimator", "perturbation_scale = 1e300", "estimator.perturbation_scale", "less than"),
     ("estimator", "perturbation_scale = 1e-12", "estimator.perturbation_scale", "raise one"),
     ("estimator", "directions_per_round = 5000", "estimator.directions_per_round", "pool_size"),
+    ("estimator", "max_directions_per_round = 4", "estimator", "directions_per_round to "),
     ("codec", "up = 'int4'", "codec.up", "should be 'int8', 'log8', 'sign' or"),
     ("codec", "down = 'log8'", "codec.down", "should be 'int8', 'sign' or 'int32'"),
     ("codec", "rounding = 'up'", "codec.rounding", "should be 'nearest' or 'unbiased'"),
@@ -281,6 +284,16 @@ def test_a_wrong_setting_is_named_with_what_to_do(
     ("sections", "field", "remedy"),
     [
         (
+            {"estimator": "batch_size = 16\nmax_batch_size = 8"},
+            "estimator.max_batch_size is below batch_size",
+            "or set it to 0",
+        ),
+        (
+            {"estimator": "max_batch_size = 64", "directions": 'mode = "own"'},
+            "estimator.max_batch_size and max_directions_per_round follow",
+            'needs directions.mode = "shared"',
+        ),
+        (
             {"estimator": 'kind = "backprop"', "directions": 'mode = "own"'},
             'estimator "backprop"',
             'set directions.mode = "shared"',
@@ -307,6 +320,8 @@ def test_a_wrong_setting_is_named_with_what_to_do(
         ),
     ],
     ids=[
+        "small growth",
+        "growth of own",
         "backprop with own directions",
         "a large independent pool",
         "unbiased signs",

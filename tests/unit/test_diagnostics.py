@@ -18,6 +18,7 @@ from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand.v1 import status_pb2 as status
 from lorand_coordinator import cli, diagnostics, show
+from lorand_coordinator.aggregation import Report
 from lorand_coordinator.diagnostics import Figures, Recent, findings, of_round
 from lorand_coordinator.hub import Hub
 from lorand_coordinator.sequencer import Sequencer
@@ -41,7 +42,7 @@ def test_signal_to_noise_is_that_of_the_mean(workers: int, ratio: float) -> None
     for _ in range(60):
         slopes = rng.normal(0, np.sqrt(ratio), 64)
         parts = slopes + rng.normal(0, np.sqrt(workers), (workers, 64))
-        recent.add(-20, [codec.encode("int32", part, -20) for part in parts])
+        recent.add(-20, [Report(codec.encode("int32", part, -20)) for part in parts])
     found = recent.total.signal_to_noise
     assert found is not None
     estimate, error = found
@@ -56,7 +57,7 @@ def test_the_standard_error_is_the_spread_of_the_ratio() -> None:
         recent = Recent(config, window=5)
         for _ in range(5):
             parts = rng.normal(0, 1.0, 64) + rng.normal(0, np.sqrt(2), (2, 64))
-            recent.add(-20, [codec.encode("int32", part, -20) for part in parts])
+            recent.add(-20, [Report(codec.encode("int32", part, -20)) for part in parts])
         assert recent.total.signal_to_noise is not None
         found.append(recent.total.signal_to_noise)
     ratios, errors = np.array(found).T
@@ -66,23 +67,23 @@ def test_the_standard_error_is_the_spread_of_the_ratio() -> None:
 @pytest.mark.parametrize("changes", [{"directions": {"pool_size": 64, "mode": "own"}}, {}])
 def test_one_participant_or_own_directions_compare_nothing(changes: dict[str, Any]) -> None:
     config = wide(**changes)
-    parts = [codes_of(config, seed) for seed in range(2 if changes else 1)]
+    parts = [Report(codes_of(config, seed)) for seed in range(2 if changes else 1)]
     assert of_round(config, 4, parts).signal_to_noise is None
 
 
 def test_shares_are_of_all_codes() -> None:
     config = config_of(codec={"up": "int8"})
-    figures = of_round(config, 2, [np.array([0, 127, 5]), np.array([0, -127, 0])])
+    figures = of_round(config, 2, [Report(np.array([0, 127, 5])), Report(np.array([0, -127, 0]))])
     assert (figures.scalars, figures.zeros, figures.clipped) == (6, 3, 2)
     assert figures.scale_exponent == 2
-    signs = of_round(config_of(codec={"up": "sign"}), 0, [np.array([1, -1, 1])])
+    signs = of_round(config_of(codec={"up": "sign"}), 0, [Report(np.array([1, -1, 1]))])
     assert (signs.zeros, signs.clipped) == (0, 0)
 
 
 def test_only_the_last_rounds_count() -> None:
     recent = Recent(config_of(), window=2)
     for value in (0, 0, 1, 2):
-        recent.add(value, [np.full(3, value)])
+        recent.add(value, [Report(np.full(3, value))])
     assert (len(recent.rounds), recent.total.zeros, recent.total.scale_exponent) == (2, 0, 2)
 
 

@@ -20,6 +20,7 @@ from lorand_worker.estimators import (
     ForwardGradient,
     NonFiniteLoss,
     OneSided,
+    Order,
     Spsa,
     build,
 )
@@ -295,8 +296,8 @@ def test_the_bench_puts_it_together(tiny_model: Path, tiny_data: dict[str, Path]
     assert bench.examples == len(examples) == 160
     coefficients = np.zeros(POOL, np.int64)
     coefficients[3] = 2**24
-    bench.adopt(coefficients)
-    values: NDArray[np.float64] = bench.measure(np.array([0, 9])).values
+    bench.replica.set(coefficients)
+    values: NDArray[np.float64] = bench.measure(Order(np.array([0, 9]))).values
     assert values.shape == (2,)
     assert bench.score().examples == 160
     assert np.array_equal(bench.replica.coefficients, coefficients)

@@ -12,10 +12,11 @@ from lorand.coefficients import Coefficients
 from lorand.config import RunConfig
 from lorand.directions import Indices
 from lorand.errors import LedgerError, LorandError
+from lorand.ledger import Position
 from lorand.v1 import coordination_pb2 as wire
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.store import SqliteStore
-from lorand_worker.estimators import Measurement, NonFiniteLoss
+from lorand_worker.estimators import Measurement, NonFiniteLoss, Order
 from lorand_worker.participant import Participant
 
 CONFIG = config_of()
@@ -33,13 +34,13 @@ class Stand:
         self.adopted: list[Coefficients] = []
         self.measured: list[Indices] = []
 
-    def adopt(self, coefficients: Coefficients) -> None:
+    def adopt(self, position: Position) -> None:
         """See Bench."""
-        self.adopted.append(coefficients)
+        self.adopted.append(position.coefficients)
 
-    def measure(self, indices: Indices) -> Measurement:
+    def measure(self, order: Order) -> Measurement:
         """See Bench."""
-        self.measured.append(indices)
+        self.measured.append(order.indices)
         if np.isnan(self.values).any():
             raise NonFiniteLoss("the loss of this batch is nan")
         return Measurement(self.values, 0.5)

@@ -1,0 +1,190 @@
+"""Claim: one bit a scalar each way and local steps reach FedAvg's accuracy in kilobytes a worker.
+
+UCI sentiment (three domains, one a worker) and Banking77 (77 classes, ten workers, label-Dirichlet
+0.5) on all-MiniLM-L6-v2, last two layers and a zero head trained. FedAvg sends float32 weights and
+trains with AdamW; `adam` is Adam on the workers' whole gradients. Every method's learning rate is
+the best of three (UCI) or two (Banking77) on a tenth of the training data, one seed; then five
+seeds on the test data. A seed moves batches, draws and, for Banking77, the split.
+
+    python -m experiments.first_order                    # all: about two hours on one core
+    python -m experiments.first_order --tasks uci        # one task
+    python -m experiments.first_order --tune             # only the tuning cells
+
+Interrupted, the same command goes on. Bytes are codes, or weights, without framing.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from experiments import averaging, banking77, federation, uci_sentiment
+from experiments.cells import Cell, Store, best
+from experiments.federation import Point
+from lorand.config import RunConfig
+from lorand_coordinator import presets
+from lorand_worker.data import Examples
+
+TUNING_SEED = 100
+STORE = Store("first_order", __doc__.split("\n\n", maxsplit=1)[0])
+Settings = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set, its workers, and the target rows of the table."""
+
+    labels: tuple[str, ...]
+    workers: int
+    batch: int
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: its learning rates, and for LoRand what differs from the preset `lorand-fo`."""
+
+    rates: tuple[float, ...]
+    rounds: int
+    changes: Settings | None = None
+    batch: int = 0
+    target: str = ""
+
+
+def local(rounds: int, up: str, size: int, **steps: int) -> Settings:
+    """Return local AdamW steps on K coefficients, one code each way, the mean taken."""
+    return {
+        "run": {"rounds": rounds},
+        "directions": {"pool_size": size},
+        "local": {"optimizer": "AdamW", "options": {"weight_decay": 0.0}, **steps},
+        "codec": {"up": up, "down": up},
+        "optimizer": {"kind": "sgd", "learning_rate": 1.0, "normalise": False},
+        "rounds": {"weighting": "examples"},
+    }
+
+
+RATES = (3e-4, 1e-3, 3e-3)
+METHODS: dict[str, dict[str, Method]] = {
+    "uci": {
+        "fedavg": Method((1e-4, 3e-4, 1e-3), 5),
+        "local steps, int8": Method(RATES, 5, local(5, "int8", 4096, epochs=1)),
+        "local steps, 1 bit": Method(RATES, 5, local(5, "sign", 4096, epochs=1)),
+        "no local steps, 1 bit": Method(
+            RATES, 15, {"run": {"rounds": 15}, "directions": {"pool_size": 4096}}
+        ),
+    },
+    "banking77": {
+        "adam": Method((3e-4, 1e-3), 120, batch=6),
+        "no local steps, 1 bit": Method((1e-3, 3e-3), 120, {"run": {"rounds": 120}}, batch=6),
+        "fedavg": Method((3e-4, 1e-3), 5),
+        "local steps, 1 bit": Method((1e-3, 3e-3), 5, local(5, "sign", 65536, epochs=1)),
+    },
+}
+
+
+def task_of(name: str) -> Task:
+    """Return a task."""
+    if name == "uci":
+        return Task(("negative", "positive"), 3, 32, 64)
+    _, labels = banking77.read("test.csv")
+    return Task(labels, banking77.WORKERS, 64, 48)
+
+
+def data_of(name: str, seed: int, held_out: bool) -> tuple[Sequence[Examples], Examples]:
+    """Return the workers' shards and the scored examples."""
+    if name == "uci":
+        return uci_sentiment.shards_and_test(held_out)
+    train, labels = banking77.read("train.csv")
+    scored, _ = banking77.read("test.csv", labels)
+    if held_out:
+        train, scored = federation.shuffled_split(train)
+    split = banking77.dirichlet(train, banking77.WORKERS, banking77.CONCENTRATION, seed)
+    return split, scored
+
+
+def config_of(task: Task, method: Method, rate: float) -> RunConfig:
+    """Return the run of a LoRand row."""
+    content = RunConfig.parse(presets.render("lorand-fo")).model_dump(mode="json")
+    content["task"] = {"labels": task.labels}
+    content["run"]["name"] = "first-order"
+    content["model"] |= {"name": "all-MiniLM-L6-v2", "trainable": "last:2"}
+    content["model"] |= {"max_length": task.max_length}
+    for section, values in (method.changes or {}).items():
+        content[section] |= values
+    content["estimator"] |= {"batch_size": method.batch or task.batch}
+    content["rounds"] |= {"quorum": task.workers}
+    stepping = "local" if content["local"]["steps"] or content["local"]["epochs"] else "optimizer"
+    content[stepping]["learning_rate"] = rate
+    return RunConfig.model_validate(content)
+
+
+def marks(rounds: int) -> list[int]:
+    """Return the rounds that are scored: all of a few, or every twentieth part."""
+    return sorted({math.ceil(rounds * at / 20) for at in range(21)})
+
+
+def points(name: str, row: str, rate: float, seed: int, held_out: bool) -> list[Point]:
+    """Return the curve of a cell, from the results or by running it."""
+    task, method = task_of(name), METHODS[name][row]
+    cell = Cell(row, name, rate, seed, "tune" if held_out else "report")
+    settings: dict[str, Any] = {"rounds": method.rounds, "batch_size": method.batch or task.batch}
+    if method.changes is not None:
+        config = config_of(task, method, rate)
+        settings = config.model_dump(mode="json", exclude={"service", "task"})
+
+    def run() -> list[Point]:
+        shards, scored = data_of(name, seed, held_out)
+        if method.changes is not None:
+            return federation.run(
+                config,
+                shards,
+                scored,
+                seed=seed % 100,
+                evaluate_at=marks(method.rounds),
+            )
+        section = config_of(task, Method((), 1, {}), 1.0).model
+        peer = (
+            averaging.fedavg
+            if row == "fedavg"
+            else partial(averaging.adam, evaluate_at=marks(method.rounds))
+        )
+        return peer(
+            section,
+            shards,
+            scored,
+            labels=len(task.labels),
+            learning_rate=rate,
+            rounds=method.rounds,
+            seed=seed,
+            batch_size=method.batch or task.batch,
+        )
+
+    return STORE.fill(cell, settings, run)
+
+
+def tuned(name: str, row: str) -> float:
+    """Return the rate with the lowest held-out loss at the end of the tuning seed's run."""
+    rates = METHODS[name][row].rates
+    return best({r: points(name, row, r, TUNING_SEED, True)[-1].score.loss for r in rates})
+
+
+def main() -> None:
+    """Fill the cells and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", nargs="+", default=list(METHODS))
+    parser.add_argument("--rows", nargs="+", default=[])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--tune", action="store_true")
+    options = parser.parse_args()
+    for name in options.tasks:
+        for row in options.rows or METHODS[name]:
+            rate = tuned(name, row)
+            print(f"{name}, {row}: rate {rate:g}", flush=True)
+            for seed in () if options.tune else options.seeds:
+                points(name, row, rate, seed, False)
+
+
+if __name__ == "__main__":
+    main()
