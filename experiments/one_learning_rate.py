@@ -18,9 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
-from experiments import federation, record
+from experiments import federation, record, tasks
 from lorand.config import RunConfig
 from lorand_coordinator.presets import render
 from lorand_worker.data import Examples
@@ -79,13 +77,6 @@ EXPERIMENT = record.Experiment(
 )
 
 
-def subj() -> Examples:
-    """Return the sentences of Subj, subjective ones labelled 1."""
-    path = federation.DATA / "subj" / "subj.all"
-    rows = [line.partition(" ") for line in path.read_text(encoding="latin-1").split("\n") if line]
-    return Examples(tuple(text for _, _, text in rows), tuple(int(label) for label, _, _ in rows))
-
-
 def settings(model: str, normalise: bool, factor: float, options: Any) -> RunConfig:
     """Return the preset's run on a model at a multiple of the learning rate."""
     preset = RunConfig.parse(render("lorand-zo")).model_dump()
@@ -93,7 +84,7 @@ def settings(model: str, normalise: bool, factor: float, options: Any) -> RunCon
     changes: dict[str, dict[str, Any]] = {
         "run": {"name": "one-learning-rate", "rounds": options.rounds},
         "model": {"max_length": 64, **MODELS[model]},
-        "task": {"labels": ("objective", "subjective")},
+        "task": {"labels": tasks.LABELS["subj"]},
         "estimator": {"directions_per_round": options.directions},
         "optimizer": {"learning_rate": rate * factor, "normalise": normalise},
         "rounds": {"quorum": WORKERS},
@@ -134,12 +125,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measure every model at every rate; what is there already is not run again."""
     options = parse()
-    train, test = federation.shuffled_split(subj())
 
-    def data(seed: int) -> tuple[list[Examples], Examples]:
-        order = np.random.default_rng(seed).permutation(len(train))
-        parts = np.array_split(order, WORKERS)
-        return [federation.subset(train, part.tolist()) for part in parts], test
+    def data(seed: int) -> tuple[Sequence[Examples], Examples]:
+        task = tasks.load("subj", workers=WORKERS, seed=seed, held_out=False)
+        return task.shards, task.scored
 
     with TemporaryDirectory() as folder:
         for model in options.models:
