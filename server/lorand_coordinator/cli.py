@@ -199,7 +199,7 @@ def diagnose(
     json_output: Json = False,
 ) -> None:
     """Tell from a ledger's scalars why a run does not learn, and what to do."""
-    config, _, rounds = history.read(path)
+    config, rounds = history.read(path)
     recent = diagnostics.Recent(config, last)
     for part in deque(rounds, last):
         recent.add(part.scale_exponent, part.reports.values())
@@ -210,9 +210,9 @@ def diagnose(
 @app.command()
 def refine(path: LedgerInUse, json_output: Json = False) -> None:
     """Print a schedule refined from a run's scalars, as lines for the next run's file."""
-    config, draws, rounds = history.read(path)
+    config, rounds = history.read(path)
     norm = refinement.norm_for(config)
-    observed = refinement.norms(config, draws, rounds, norm)
+    observed = refinement.norms(config, rounds, norm)
     settings = {
         "schedule": "refined",
         "refined": refinement.points(refinement.refine(observed, norm)),

@@ -253,6 +253,7 @@ WRONG: Final[list[tuple[str, str, str, str]]] = [
     ("codec", "down = 'log8'", "codec.down", "should be 'int8', 'sign' or 'int32'"),
     ("codec", "rounding = 'up'", "codec.rounding", "should be 'nearest' or 'unbiased'"),
     ("optimizer", "learning_rate = -1", "optimizer.learning_rate", "greater than 0"),
+    ("optimizer", "kind = 'lion'", "optimizer.kind", "should be 'sgd' or 'adam'"),
     ("optimizer", "beta1 = 1.0", "optimizer.beta1", "less than 1"),
     ("optimizer", "schedule = 'step'", "optimizer.schedule", "should be 'linear', 'cosine', "),
     ("optimizer", "clip_factor = 0.5", "optimizer", "set it to 3 or so, or to 0 for none"),
