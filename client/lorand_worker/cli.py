@@ -19,6 +19,19 @@ from lorand.config import RunConfig, load
 from lorand.errors import ConfigError, LorandError
 from lorand.manifest import Identity
 from lorand_worker import guard
+from lorand_worker.flags import (
+    Address,
+    CacheDir,
+    CacheDisk,
+    CacheMemory,
+    Data,
+    Device,
+    GiveUp,
+    Json,
+    KeptWeights,
+    Model,
+    Threads,
+)
 from lorand_worker.memory import Weights
 from lorand_worker.precision import Precision
 from lorand_worker.reporting import ConsoleReporter
@@ -33,42 +46,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-Address = Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.")]
-Data = Annotated[
-    Path, typer.Option(help="CSV, TSV or JSONL file with the columns of the run's [task].")
-]
-Model = Annotated[Path | None, typer.Option(help="Local copy of the run's model.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
-KeptWeights = Annotated[
-    Weights,
-    typer.Option(
-        help="copy: base beside working weights, twice the memory. layerwise: made as each layer "
-        "runs, from the base. auto: copy where there is room and the base is not quantised."
-    ),
-]
-CacheMemory = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        max=1e9,
-        help="GB of memory for hidden states that cannot change; default: a quarter of what is "
-        "available.",
-    ),
-]
-CacheDisk = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        max=1e9,
-        help="GB of disk for hidden states beyond that, in a file without a name that is gone when "
-        "the worker ends; 0: none; default: a quarter of what is free.",
-    ),
-]
-CacheDir = Annotated[Path | None, typer.Option(help="Where that file is; default: /var/tmp.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")]
-GiveUp = Annotated[float, typer.Option(min=1, help="Seconds to look for an absent coordinator.")]
 
 
 @app.command()
@@ -85,10 +62,11 @@ def prepare(
     json_output: Json = False,
 ) -> None:
     """Load the run's model and write run.lock: its digests and trainable tensors."""
-    from lorand_worker import tasks
+    from lorand_worker import local_steps, tasks
     from lorand_worker.resolution import check_perturbation
 
     config = load(run)
+    local_steps.check(config)
     report = _reporter(json_output)
     calibrated = config.directions.scale_rule == "calibrated"
     if calibrated != (calibrate is not None):
