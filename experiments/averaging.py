@@ -17,8 +17,7 @@ from experiments.federation import Point
 from lorand.config import ModelSection
 from lorand_worker import model
 from lorand_worker.data import Examples, Sampler
-from lorand_worker.precision import Precision
-from lorand_worker.tasks import Classification, Forward
+from lorand_worker.tasks import Classification
 
 HEAD = 16.0
 
@@ -36,13 +35,10 @@ class _Setting:
         for tensor in self.weights.values():
             tensor.requires_grad_(True)
         self._new = loaded.new_names
-        forward = Forward(Precision.BFLOAT16)
 
         def task(examples: Examples) -> Classification:
             trainable, length = set(self.weights), section.max_length
-            return Classification(
-                loaded, examples, trainable=trainable, max_length=length, forward=forward
-            )
+            return Classification(loaded, examples, trainable=trainable, max_length=length)
 
         self.tasks = [task(shard) for shard in shards]
         self.scored = task(scored)

@@ -32,7 +32,7 @@ from lorand_worker.data import Examples, Sampler
 from lorand_worker.estimators import Loss, Order
 from lorand_worker.local_steps import Batches
 from lorand_worker.participant import encode
-from lorand_worker.tasks import Classification, Forward, Score
+from lorand_worker.tasks import Forward, Score, Task, build
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("LORAND_DATA", ROOT.parent / "shared" / "data"))
@@ -72,15 +72,17 @@ def run(
     forward: Forward | None = None,
     quick: bool = False,
     draws_of_seed: bool = False,
+    theirs: Identity | None = None,
 ) -> list[Point]:
     """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches.
 
     `quick` measures losses by `experiments.quick`, in a fraction of the time. The seed also moves
     the draws of directions; with `draws_of_seed` nothing else does, so that two settings are
-    compared on the same ones.
+    compared on the same ones. `theirs` holds the direction scales of a calibrated run.
     """
-    loaded = model.load(config.model, len(config.task.labels), source or minilm())
-    identity = model.identity(loaded, config)
+    kind = config.task.kind
+    loaded = model.load(config.model, len(config.task.labels), source or minilm(), kind=kind)
+    identity = model.identity(loaded, config, theirs)
     bench = (_short_bench if quick else _bench)(config, loaded, identity, shards, test, forward)
     this_run = b"" if draws_of_seed else config.digest()
     draws = config.draws(run_digest(this_run + bytes([seed]), identity))
@@ -142,7 +144,7 @@ class _Federation:
         size = self._state.pace.batch_size
         losses = self._bench.losses([partial(sampler.batch, size) for sampler in self._samplers])
         for worker, (loss, batches) in enumerate(losses):
-            indices = self._draws.of(round_index, worker)
+            indices = self._draws.of(round_index, worker, self._state.pace.directions)
             order = Order(indices, self._draws.importance(indices), round_index)
             measured = self._work.do(loss, batches, order, self._sizes[worker])
             reports[worker] = self._report(worker, indices, measured.values)
@@ -182,11 +184,8 @@ def _bench(
     replica = CopyReplica.of(loaded.module, identity.manifest, config.pool(identity))
     trainable = {spec.name for spec in identity.manifest.tensors}
 
-    def task(examples: Examples) -> Classification:
-        length = config.model.max_length
-        return Classification(
-            loaded, examples, trainable=trainable, max_length=length, forward=forward
-        )
+    def task(examples: Examples) -> Task:
+        return build(loaded, config, examples, trainable=trainable, forward=forward)
 
     tasks = [task(shard) for shard in shards]
 

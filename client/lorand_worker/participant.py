@@ -145,8 +145,10 @@ class Participant:
         self.settle()
         config = self.position.config
         draws = self.position.draws
-        indices = draws.of(start.round_index, self.worker)
-        batch_size = min(start.batch_size, config.estimator.max_batch_size)  # whoever asks for more
+        # Whatever is asked for, no more than the run's file says.
+        count = min(start.directions, config.estimator.max_directions_per_round)
+        batch_size = min(start.batch_size, config.estimator.max_batch_size)
+        indices = draws.of(start.round_index, self.worker, count)
         factors = draws.importance(indices)
         order = Order(indices, factors, self.position.committed, batch_size)
         try:

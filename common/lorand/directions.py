@@ -193,12 +193,16 @@ class Draws:
         activity = self.activity or Activity.none(self.size)
         return replace(self, activity=activity.after(indices, change))
 
-    def of(self, round_index: int, worker: int) -> Indices:
-        """Return the directions that a worker measures in a round, shape (count,)."""
+    def of(self, round_index: int, worker: int, count: int = 0) -> Indices:
+        """Return the directions that a worker measures in a round, shape (count,).
+
+        `count` is given where it is another than usual: more of the same draw.
+        """
         who = SHARED if self.mode == "shared" else worker.to_bytes(4, "little")
+        count = count or self.count
         if self.drawing == "uniform":
-            return draw(self.run_digest, round_index, who, self.size, self.count)
-        return draw_weighted(self.run_digest, round_index, who, self._weights, self.count)
+            return draw(self.run_digest, round_index, who, self.size, count)
+        return draw_weighted(self.run_digest, round_index, who, self._weights, count)
 
     def importance(self, indices: Indices) -> Floats:
         """Return the factors on these directions' scalars, 1/(K·p) for `weighted-unbiased`, else 1.
@@ -216,14 +220,14 @@ class Draws:
     def _weights(self) -> Integers:
         return (self.activity or Activity.none(self.size)).weights()
 
-    def committed(self, round_index: int, workers: tuple[int, ...]) -> Indices:
+    def committed(self, round_index: int, workers: tuple[int, ...], count: int = 0) -> Indices:
         """Return the distinct directions that a commit moves, in the order of its codes.
 
-        Shared: the round's one draw. Own: the draws of the workers, in ascending order of their
-        numbers, repeats left out.
+        Shared: the round's one draw, of `count` where that is another than usual. Own: the draws of
+        the workers, in ascending order of their numbers, repeats left out.
         """
         if self.mode == "shared":
-            return self.of(round_index, 0)
+            return self.of(round_index, 0, count)
         drawn = np.concatenate([self.of(round_index, worker) for worker in sorted(workers)])
         return np.fromiter(dict.fromkeys(drawn.tolist()), dtype=np.int64)
 

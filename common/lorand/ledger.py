@@ -186,7 +186,9 @@ def committed_delta(position: Position, entry: pb.Entry) -> tuple[Coefficients, 
     workers = tuple(commit.workers)
     if not workers or list(workers) != sorted(set(workers)):
         raise LedgerError(f"entry {entry.sequence} does not list its workers in order")
-    indices = position.draws.committed(entry.round_index, workers)
+    if commit.directions > position.config.estimator.max_directions_per_round:
+        raise LedgerError(f"entry {entry.sequence} moves more directions than the run allows")
+    indices = position.draws.committed(entry.round_index, workers, commit.directions)
     try:
         codes = codec.unpack(position.config.codec.down, commit.codes, len(indices))
         return indices, codec.delta(commit.scale, codes)

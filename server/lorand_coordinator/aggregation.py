@@ -42,9 +42,13 @@ class Estimate:
     walked: bool = False
 
 
-def report(config: RunConfig, contribution: pb.Contribution) -> Report:
-    """Return what a contribution says. Raises ContributionError when it does not fit the run."""
-    codes = codec.unpack(config.codec.up, contribution.codes, config.num_directions)
+def report(config: RunConfig, contribution: pb.Contribution, count: int = 0) -> Report:
+    """Return what a contribution to a round of `count` directions (0: as usual) says.
+
+    Raises ContributionError when it does not fit the run.
+    """
+    count = count or config.num_directions
+    codes = codec.unpack(config.codec.up, contribution.codes, count)
     if config.local.taken:
         codec.delta(contribution.scale, codes)
         if contribution.scale == 0 and codes.any() and config.codec.up != "sign":
@@ -76,7 +80,7 @@ def aggregate(
         weight * decoded(config, reports[worker], scale_exponent)
         for worker, weight in zip(workers, weights, strict=True)
     ]
-    indices = draws.committed(round_index, workers)
+    indices = draws.committed(round_index, workers, len(parts[0]))
     walked = config.local.taken
     factors = np.ones(len(indices)) if walked else draws.importance(indices)
     if config.directions.mode == "shared":

@@ -129,7 +129,8 @@ class Sequencer:
             raise LedgerError("the optimizer's coefficients are not those of the ledger")
         for entry in last:
             stored = map(pb.StoredContribution.FromString, self.store.contributions(entry.sequence))
-            self._note_scalars(entry.commit.scale_exponent, self._reports(stored))
+            reports = self._reports(stored, entry.commit.directions)
+            self._note_scalars(entry.commit.scale_exponent, reports)
         self._position = position
 
     def _from_checkpoint(
@@ -155,7 +156,8 @@ class Sequencer:
         """Fold a stored round into the optimizer's state; its ΔA must come out as written."""
         stored = self.store.contributions(entry.sequence)
         ledger.check_contributions(entry, stored)
-        reports = self._reports(pb.StoredContribution.FromString(body) for body in stored)
+        count = entry.commit.directions
+        reports = self._reports(map(pb.StoredContribution.FromString, stored), count)
         after, update = optimizer.advance(
             self.config, draws, self._optimizer, entry.round_index, reports
         )
@@ -299,7 +301,7 @@ class Sequencer:
             return [self._reject(worker, 0, f"a worker does not send {kind or 'nothing'} here")]
         contribution = message.contribution
         try:
-            aggregation.report(self.config, contribution)
+            aggregation.report(self.config, contribution, self._optimizer.pace.directions)
         except ContributionError as error:
             return [self._reject(worker, contribution.round_index, str(error))]
         contribution.DiscardUnknownFields()
@@ -335,11 +337,11 @@ class Sequencer:
     def _carry_out(self, effect: rounds.Effect) -> tuple[list[Outgoing], list[rounds.Event]]:
         match effect:
             case rounds.StartRound(round_index, workers):
-                grows = self.config.estimator.max_batch_size > 0
                 start = wire.RoundStart(
                     round_index=round_index,
                     scale_exponent=self._optimizer.scale_exponent,
-                    batch_size=self._optimizer.pace.batch_size if grows else 0,
+                    batch_size=self._optimizer.pace.batch_size,
+                    directions=self._optimizer.pace.directions,
                 )
                 return [Outgoing(worker, Message(round_start=start)) for worker in workers], []
             case rounds.Reject(worker, round_index, why):
@@ -370,7 +372,8 @@ class Sequencer:
             for worker in sorted(contributions)
         ]
         bodies = [part.SerializeToString(deterministic=True) for part in stored]
-        reports = self._reports(stored)
+        count = self._optimizer.pace.directions
+        reports = self._reports(stored, count)
         after, update = optimizer.advance(
             self.config, self._position.draws, self._optimizer, round_index, reports
         )
@@ -380,6 +383,7 @@ class Sequencer:
             workers=sorted(contributions),
             scale_exponent=self._optimizer.scale_exponent,
             contributions_digest=ledger.contributions_digest(bodies),
+            directions=count,
         )
         assert commit.scale_exponent in SCALE_EXPONENTS
         outgoing = self._append(pb.Entry(round_index=round_index, commit=commit), bodies)
@@ -395,8 +399,13 @@ class Sequencer:
     def _note_scalars(self, scale_exponent: int, reports: dict[int, aggregation.Report]) -> None:
         self.recent.add(scale_exponent, [reports[worker] for worker in sorted(reports)])
 
-    def _reports(self, stored: Iterable[pb.StoredContribution]) -> dict[int, aggregation.Report]:
-        return {part.worker: aggregation.report(self.config, part.contribution) for part in stored}
+    def _reports(
+        self, stored: Iterable[pb.StoredContribution], count: int
+    ) -> dict[int, aggregation.Report]:
+        return {
+            part.worker: aggregation.report(self.config, part.contribution, count)
+            for part in stored
+        }
 
     def _pack_codes(self, update: optimizer.Update) -> bytes:
         return codec.pack(self.config.codec.down, update.codes)

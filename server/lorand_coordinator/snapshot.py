@@ -28,6 +28,8 @@ def pack_state(state: State) -> bytes:
         "spread_weight": state.spread_weight.hex(),
         "scale_exponent": state.scale_exponent,
         "batch_size": state.pace.batch_size,
+        "directions": state.pace.directions,
+        "needed": state.pace.needed.hex(),
         "signal": state.pace.signal.hex(),
         "noise": state.pace.noise.hex(),
         "rounds": state.pace.rounds,
@@ -60,11 +62,12 @@ def unpack_state(data: bytes, coefficients: Coefficients, committed: int) -> Sta
 
 
 def _unpack_pace(header: dict[str, Any]) -> Pace:
-    """Return the pace; the first versions had none, and runs without growing batches need none."""
+    """Return the pace; the first versions had none, and need none."""
     if "batch_size" not in header:
-        return Pace(0)
-    signal, noise = float.fromhex(header["signal"]), float.fromhex(header["noise"])
-    return Pace(int(header["batch_size"]), signal, noise, int(header["rounds"]))
+        return Pace()
+    sums = (float.fromhex(header[name]) for name in ("signal", "noise", "needed"))
+    counts = (int(header[name]) for name in ("batch_size", "directions", "rounds"))
+    return Pace(*counts, *sums)
 
 
 def _digest(body: bytes, coefficients: Coefficients, committed: int) -> bytes:

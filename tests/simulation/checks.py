@@ -80,7 +80,10 @@ def check_commits(world: World, store: SqliteStore, bodies: list[bytes]) -> Posi
                 sent = (entry.round_index, part.worker, part.contribution.codes)
                 assert sent in world.reported, f"I6: worker {part.worker} never sent that"
                 assert part.contribution.round_index == entry.round_index, "I6: of another round"
-            reports = {part.worker: aggregation.report(config, part.contribution) for part in parts}
+            count = entry.commit.directions
+            reports = {
+                part.worker: aggregation.report(config, part.contribution, count) for part in parts
+            }
             assert entry.commit.scale_exponent == state.scale_exponent, "I6: scale"
             state, update = optimizer.advance(
                 config, position.draws, state, entry.round_index, reports

@@ -16,7 +16,12 @@ from lorand_coordinator.snapshot import pack_state, unpack_state
 
 def growing(**estimator: Any) -> RunConfig:
     settings = {"batch_size": 4, "max_batch_size": 256, "directions_per_round": 16, **estimator}
-    return config_of(codec={"up": "int32"}, estimator=settings, rounds={"quorum": 2})
+    return config_of(
+        codec={"up": "int32"},
+        estimator=settings,
+        rounds={"quorum": 2},
+        directions={"pool_size": 1024},
+    )
 
 
 def batch_after(rounds: int, slope: float, deviation: float, workers: int = 4) -> int:
@@ -27,7 +32,7 @@ def batch_after(rounds: int, slope: float, deviation: float, workers: int = 4) -
         noise = rng.normal(0, deviation / np.sqrt(now.batch_size), (workers, 16))
         values = slope * rng.choice([-1.0, 1.0], 16) + noise
         reports = [Report(codec.encode("int32", row, -20)) for row in values]
-        now = pace.after(config, now, -20, reports)
+        now = pace.after(config, now, -20, reports, 1.0)
     return now.batch_size
 
 
@@ -35,6 +40,27 @@ def batch_after(rounds: int, slope: float, deviation: float, workers: int = 4) -
 def test_a_batch_grows_to_the_critical_one(deviation: float, expected: set[int]) -> None:
     """Of slope 1 and deviation s an example, s² examples make the noise equal the signal."""
     assert batch_after(120, 1.0, deviation) in expected
+
+
+def directions_after(rounds: int, fades: float, factor: float = 1.0) -> int:
+    """The number of directions after rounds, in the later half of which slopes are faded."""
+    config, rng = growing(max_batch_size=0, max_directions_per_round=512), np.random.default_rng(0)
+    now = pace.start(config)
+    for index in range(rounds):
+        slope, rate = (1.0, 1.0) if index < rounds // 2 else (fades, factor)
+        slopes = slope * rng.choice([-1.0, 1.0], now.directions)
+        values = slopes + rng.normal(0, 1.0, (4, now.directions))
+        reports = [Report(codec.encode("int32", row, -20)) for row in values]
+        now = pace.after(config, now, -20, reports, rate)
+    return now.directions
+
+
+def test_directions_grow_as_the_signal_fades() -> None:
+    """n keeps η²·(|G|² + v)/|G|⁴ / n: with v = 1/4, at half the slope 6.4 times as many."""
+    assert directions_after(200, fades=1.0) == 16
+    assert directions_after(200, fades=0.5) == 64
+    assert directions_after(200, fades=0.0) == 512, "no more than the run allows"
+    assert directions_after(200, fades=0.5, factor=0.5) == 16, "a rate that falls does as well"
 
 
 def test_nothing_grows_before_enough_was_seen() -> None:
@@ -45,11 +71,11 @@ def test_nothing_grows_before_enough_was_seen() -> None:
 def test_one_participant_tells_no_noise() -> None:
     config = growing()
     now = pace.start(config)
-    assert pace.after(config, now, 0, [Report(np.ones(16, np.int64))]) == now
+    assert pace.after(config, now, 0, [Report(np.ones(16, np.int64))], 1.0) == now
 
 
 def test_a_checkpoint_keeps_the_pace() -> None:
     config = growing()
-    state = replace(optimizer.start(config), pace=pace.Pace(32, 0.1, 7.0, 12))
+    state = replace(optimizer.start(config), pace=pace.Pace(32, 64, 12, 0.1, 7.0, 3.5))
     again = unpack_state(pack_state(state), state.coefficients, state.committed)
     assert again.pace == state.pace

@@ -386,7 +386,7 @@ def test_what_is_committed_is_the_optimizers_step(busy: Room) -> None:
         entry = ledger.parse(body)
         if entry.HasField("commit"):
             stored = stored_contributions(busy, entry.sequence)
-            reports = busy.sequencer._reports(stored)
+            reports = busy.sequencer._reports(stored, 0)
             assert entry.commit.scale_exponent == state.scale_exponent
             state, update = optimizer.advance(
                 busy.config, OURS.draws, state, entry.round_index, reports

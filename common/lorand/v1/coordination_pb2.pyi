@@ -306,22 +306,26 @@ class RoundStart(_message.Message):
     ROUND_INDEX_FIELD_NUMBER: _builtins.int
     SCALE_EXPONENT_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    DIRECTIONS_FIELD_NUMBER: _builtins.int
     round_index: _builtins.int
     """The round."""
     scale_exponent: _builtins.int
     """Exponent of the public power-of-two scale of upward codes."""
     batch_size: _builtins.int
     """Examples asked of a participant, where the run's batches grow; 0: the config's batch size."""
+    directions: _builtins.int
+    """Directions asked of a participant, where the run's number grows; 0: the config's."""
     def __init__(
         self,
         *,
         round_index: _builtins.int = ...,
         scale_exponent: _builtins.int = ...,
         batch_size: _builtins.int = ...,
+        directions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "round_index", b"round_index", "scale_exponent", b"scale_exponent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "directions", b"directions", "round_index", b"round_index", "scale_exponent", b"scale_exponent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -129,6 +129,7 @@ class Commit(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     SCALE_EXPONENT_FIELD_NUMBER: _builtins.int
     CONTRIBUTIONS_DIGEST_FIELD_NUMBER: _builtins.int
+    DIRECTIONS_FIELD_NUMBER: _builtins.int
     scale: _builtins.int
     """Quanta one code stands for."""
     codes: _builtins.bytes
@@ -137,6 +138,8 @@ class Commit(_message.Message):
     """Exponent of the public power-of-two scale that upward codes of this round used."""
     contributions_digest: _builtins.bytes
     """SHA-256 over the contributions it came from (32 bytes); see lorand.ledger."""
+    directions: _builtins.int
+    """Directions that each participant measured, where the run's number grows; 0: the config's."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Numbers of the workers whose contributions are in it, ascending."""
@@ -149,10 +152,11 @@ class Commit(_message.Message):
         workers: _abc.Iterable[_builtins.int] | None = ...,
         scale_exponent: _builtins.int = ...,
         contributions_digest: _builtins.bytes = ...,
+        directions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "contributions_digest", b"contributions_digest", "scale", b"scale", "scale_exponent", b"scale_exponent", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "contributions_digest", b"contributions_digest", "directions", b"directions", "scale", b"scale", "scale_exponent", b"scale_exponent", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
