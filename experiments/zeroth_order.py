@@ -3,7 +3,7 @@
 One machine with all training data; Subj, MR and UCI (three domains pooled); all-MiniLM-L6-v2, the
 last two layers and a zero head trained. MeZO as its paper has it: Gaussian directions, two passes a
 step, constant learning rate (experiments/baselines.py). `lorand-zo` is the preset, with its own
-decay over a run of 667 or of 1,000 passes. Both: batches of 16, five learning rates tried with
+decay over a run of 667, 1,000 or 2,000 passes. Both: batches of 16, five learning rates tried with
 one seed on a tenth of the training data, then five seeds on 500 test examples (300 of UCI).
 
     python -m experiments.zeroth_order                      # whatever is not in the results yet
@@ -24,7 +24,7 @@ from lorand.config import ModelSection, RunConfig
 
 STORE = Store("zeroth_order", __doc__.split("\n\n")[0])
 BUDGET = 2000
-LENGTHS = (667, 1000)
+LENGTHS = (667, 1000, 2000)
 TUNED_AT = 1000
 SEEDS = range(5)
 TUNING_SEED = 100
