@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lorand.coefficients import check_size
-from lorand.config import RunConfig
+from lorand.config import LocalSection, RunConfig
 from lorand.errors import ConfigError, HandshakeError
 from lorand.manifest import Identity
 
@@ -73,15 +73,25 @@ def check_identity(ours: Identity, theirs: Identity) -> None:
 def disclosure(config: RunConfig) -> list[str]:
     """Return, as sentences, what leaves this machine in this run."""
     count = config.num_directions
+    codes = f"{count:,} {config.codec.up} code{'s' * (count != 1)}"
     lines = [
-        f"A round sends {count:,} {config.codec.up} code{'s' * (count != 1)}: how the loss on one "
-        "batch changes along public random directions."
+        f"A round sends {codes}: how the loss on one batch changes along public random directions."
     ]
+    if config.local.taken:
+        lines = [
+            f"A round sends {codes} and their scale: where {_steps(config.local)} on the data here "
+            "led, along public random directions."
+        ]
     also = []
     if config.rounds.telemetry == "loss":
-        also.append("the mean loss of the batch")
+        also.append(f"the mean loss of the batch{'es' * config.local.taken}")
     if config.rounds.weighting == "examples":
         also.append("the number of local examples")
     lines.append(f"With it goes {' and '.join(also)}." if also else "Nothing else goes with it.")
     lines.append("Texts, labels, weights and gradients stay here. This run adds no privacy noise.")
     return lines
+
+
+def _steps(local: LocalSection) -> str:
+    many, word = (local.steps, "step") if local.steps else (local.epochs, "epoch")
+    return f"{many:,} {word}{'s' * (many != 1)}"
