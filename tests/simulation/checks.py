@@ -122,10 +122,10 @@ def check_feedback(world: World, entries: list[pb.Entry]) -> None:
             owed[worker] = after
         if config.pool_after(committed) != config.pool_after(committed - 1):
             owed.clear()
-    for worker in world.workers:
-        if worker.session is not None and worker.number is not None:
-            memory = worker.session.participant._memory
-            assert memory.feedback.tobytes() == owed.get(worker.number, nothing), (
-                f"I8: {worker.name} owes something else"
+    for one in world.workers:
+        if one.session is not None and one.number is not None:
+            memory = one.session.participant._memory
+            assert memory.feedback.tobytes() == owed.get(one.number, nothing), (
+                f"I8: {one.name} owes something else"
             )
     assert not list(world.state.glob("*")), "I8: feedback is gone when the run is"

@@ -99,7 +99,7 @@ class World:
         self.heads: dict[int, bytes] = {}
         self.measured_at: dict[int, bytes] = {}
         self.reported: set[tuple[int, int, bytes, int]] = set()
-        # What a worker owed when it took part, and owes once that is committed, by round and worker.
+        # By round and worker, what it owed before, and owes after a commit.
         self.owed: dict[tuple[int, int], tuple[bytes, bytes]] = {}
         self.state = folder / "state"
         self.coordinator = Coordinator(self)
