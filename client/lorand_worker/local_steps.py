@@ -149,7 +149,7 @@ def _not_too_far(moved: Floats) -> Floats:
     far = float(np.abs(moved).sum())
     if not far <= MOVE_LIMIT:
         raise NonFiniteLoss(
-            f"local steps moved weights by up to {far:.3g}, the limit is {MOVE_LIMIT:.0f}; a lower "
+            f"local steps moved weights by up to {far:.3g}, the limit is {MOVE_LIMIT}; a lower "
             "local.learning_rate may help"
         )
     return moved

@@ -201,9 +201,9 @@ def delta(scale: int, codes: Codes) -> Coefficients:
 
 def check_move(change: Coefficients, quantum_exponent: int) -> None:
     """Raise ContributionError when local steps of `change` quanta led further than MOVE_LIMIT."""
-    moved = total_magnitude(change) * 2.0**-quantum_exponent
-    if moved > MOVE_LIMIT:
+    moved = total_magnitude(change)
+    if moved > MOVE_LIMIT << quantum_exponent:
         raise ContributionError(
-            f"local steps moved weights by up to {moved:.3g}, the limit is {MOVE_LIMIT:.0f}; lower "
-            "local.learning_rate"
+            f"local steps moved weights by up to {moved * 2.0**-quantum_exponent:.3g}, the limit "
+            f"is {MOVE_LIMIT}; lower local.learning_rate"
         )

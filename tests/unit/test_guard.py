@@ -75,3 +75,13 @@ def test_the_owner_is_told_what_leaves() -> None:
     )
     least = config_of(rounds={"telemetry": "none"})
     assert "Nothing else goes with it." in guard.disclosure(least)
+
+
+def test_the_owner_is_told_of_local_steps() -> None:
+    """They show more of the data than one batch does."""
+    many = config_of(local={"steps": 20})
+    text = " ".join(guard.disclosure(many))
+    assert "60 int8 codes and their scale: where 20 steps on the data here led" in text
+    assert "the mean loss of the batches." in text
+    epoch = config_of(estimator={"kind": "backprop"}, local={"epochs": 1})
+    assert "where 1 epoch on the data here led" in " ".join(guard.disclosure(epoch))
