@@ -1,7 +1,6 @@
 """A worker killed between its contribution and the commit owes what it would have owed (EF)."""
 
 import signal
-from pathlib import Path
 from typing import Final
 
 from tests import tiny
@@ -36,15 +35,15 @@ class Reader(FileMemory):
 class Hotels:
     """The worker of this name, seen from outside: its file, and the round that awaits others."""
 
-    def __init__(self, room: Room, address: str, folder: Path) -> None:
-        """Its state is kept in this folder."""
-        self._room, self._address, self._folder = room, address, folder
+    def __init__(self, room: Room, address: str) -> None:
+        """Nothing has been seen yet."""
+        self._room, self._address = room, address
         self._looks: list[int] = []
 
     def memory(self) -> FileMemory:
         """What it keeps now. AssertionError when that cannot be read."""
         start = next(iter(ledger.read_file(self._room.export())))
-        place = Place(self._folder, ledger.origin_of(start).run_digest, "hotels")
+        place = Place(self._room.state, ledger.origin_of(start).run_digest, "hotels")
 
         def fail(text: str) -> None:
             raise AssertionError(text)
@@ -72,15 +71,13 @@ class Hotels:
         return memory, memory.awaited
 
 
-def test_a_worker_killed_before_the_commit_owes_what_it_owed(
-    make_room: MakeRoom, tmp_path: Path
-) -> None:
+def test_a_worker_killed_before_the_commit_owes_what_it_owed(make_room: MakeRoom) -> None:
     """The other one stands still meanwhile, so that nothing is committed but when it may go on."""
-    room, folder = make_room(SETTINGS).lock(), tmp_path / "state"
+    room = make_room(SETTINGS).lock()
     with room.coordinator() as (_, address):
-        hotels = Hotels(room, address, folder)
-        with room.join(address, "gadgets", "--state", tmp_path / "other") as other:
-            with room.join(address, "hotels", "--state", folder) as killed:
+        hotels = Hotels(room, address)
+        with room.join(address, "gadgets") as other:
+            with room.join(address, "hotels") as killed:
                 wait_for(lambda: committed(address) >= 1, "a round is committed")
                 other.signal(signal.SIGSTOP)
                 before, awaited = hotels.held()
@@ -90,7 +87,7 @@ def test_a_worker_killed_before_the_commit_owes_what_it_owed(
             other.signal(signal.SIGCONT)
             wait_for(lambda: committed(address) >= round_index, f"round {round_index} is committed")
             other.signal(signal.SIGSTOP)
-            with room.join(address, "hotels", "--state", folder) as again:
+            with room.join(address, "hotels") as again:
                 after, following = hotels.held()
                 other.signal(signal.SIGCONT)
                 results = [again.result(), other.result()]
@@ -98,7 +95,7 @@ def test_a_worker_killed_before_the_commit_owes_what_it_owed(
     assert after.feedback.tolist() == awaited.feedback.tolist() != before.feedback.tolist()
     said = [part for part in stored(room, round_index) if part.contribution == awaited.contribution]
     assert len(said) == 1, "what it reported before it was killed is what was committed"
-    assert list(folder.iterdir()) == [], "gone with the run"
+    assert list(room.state.iterdir()) == [], "gone with the run"
     replayed = room.once("lr-worker", "replay", room.export(), "--model", room.model)
     assert {result["weights_digest"] for result in results} == {replayed["weights_digest"]}
     assert [result["rounds"] for result in results] == [6, 6]
