@@ -41,6 +41,12 @@ def check(config: RunConfig, policy: Policy) -> None:
             f"this worker takes part only in runs with a seed pool of {policy.seed_pool}, the run "
             f"{config.run.name!r} has {size}; join with `--seed-pool {size}` if that is right"
         )
+    if policy.seed_pool is not None and config.directions.rotate_every:
+        raise HandshakeError(
+            f"this worker takes part only in runs with one seed pool, the run {config.run.name!r} "
+            f"moves to another every {config.directions.rotate_every} rounds; join without "
+            "--seed-pool if that is right"
+        )
     if config.estimator.batch_size > policy.max_batch_size:
         raise HandshakeError(
             f"the run asks for batches of {config.estimator.batch_size}, this worker allows "

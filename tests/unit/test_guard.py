@@ -51,6 +51,14 @@ def test_runs_that_ask_for_more_are_refused() -> None:
     check(CONFIG, Policy(max_batch_size=16))
 
 
+def test_a_run_of_many_pools_has_no_finite_one() -> None:
+    rotating = config_of(directions={"rotate_every": 3})
+    check(rotating, Policy())
+    for policy in (Policy(seed_pool=ANY_POOL), Policy(seed_pool=64)):
+        with pytest.raises(HandshakeError, match=r"to another every 3 rounds; join without --seed"):
+            check(rotating, policy)
+
+
 def test_another_identity_is_named() -> None:
     check_identity(IDENTITY, replace(IDENTITY))
     other = Manifest((*IDENTITY.manifest.tensors, TensorSpec("x", (1,), "float32")))
