@@ -21,12 +21,10 @@ from experiments.cells import Cell, Purpose, Store
 from experiments.federation import Point, run
 from experiments.settings import Overrides
 from lorand.config import RunConfig
-from lorand_worker.precision import Precision
-from lorand_worker.tasks import Forward
 
 STORE = Store("presets", __doc__.split("\n\n")[0])
 WORKERS: Final = 3
-FORWARDS: Final = 600
+FORWARDS: Final = 500
 SEEDS = range(5)
 TUNING_SEED: Final = 100
 TRIED: Final = tuple(3.0**power for power in (-2, -1, 0, 1, 2))
@@ -42,13 +40,30 @@ class Row:
     why: str = ""
 
 
+FEW_STEPS: Final[Overrides] = {"local": {"steps": 30}}
 ROWS: Final = {
     "mezo": Row(3e-4),
+    "just-one-byte": Row(1e-2),
+    "fedkseed": Row(1e-3, FEW_STEPS, "30 local steps a round, not 200: a run has 10 rounds"),
+    "fedkseed-pro": Row(1e-3, FEW_STEPS, "30 local steps a round, not 200: a run has 10 rounds"),
+    "decomfl": Row(3e-3),
     "feedsign": Row(3e-4),
     "fzoo": Row(1e-3),
-    "lorand-zo": Row(1e-3),
+    "ferret": Row(1e-4),
+    "lorand-zo": Row(3e-4),
     "lorand-fo": Row(1e-3),
 }
+
+ORDERINGS: Final = (
+    ("fzoo", "mezo", "FZOO: fewer forward passes than MeZO"),
+    ("fedkseed-pro", "fedkseed", "FedKSeed-Pro: weighted drawing is no worse than uniform"),
+    ("ferret", "fedkseed", "Ferret: first-order steps get further than FedKSeed's"),
+    ("feedsign", "mezo", "FeedSign: a vote of one bit comes close to whole scalars"),
+    ("decomfl", "mezo", "DeComFL: several directions a step, at equal forward passes"),
+    ("lorand-zo", "mezo", "ours, zeroth-order"),
+    ("lorand-fo", "ferret", "ours, first-order"),
+)
+"""What papers say of two presets: (this one, is better than, the claim)."""
 
 
 def config_of(name: str, task: str, rate: float) -> RunConfig:
@@ -75,15 +90,13 @@ def measure(name: str, task: str, rate: float, seed: int, purpose: Purpose) -> l
     def go() -> Sequence[Point]:
         data = tasks.load(task, workers=WORKERS, seed=seed, held_out=purpose == "tune")
         shares = MARKS if purpose == "report" else (1,)
-        by_losses = config.estimator.kind in ("spsa", "one-sided")
         return run(
             config,
             data.shards,
             data.scored,
             seed=seed,
             evaluate_at=sorted({round(config.run.rounds * share) for share in shares}),
-            quick=by_losses,
-            forward=None if by_losses else Forward(precision=Precision.BFLOAT16),
+            quick=True,
         )
 
     return STORE.fill(Cell(name, task, rate, seed, purpose), settings.plain(config), go)
@@ -119,6 +132,7 @@ def write() -> None:
             continue
         lines += [f"## {task}", "", f"![{task}](presets_{task}.png)", "", *_table(task, curves), ""]
         _plot(task, curves)
+    lines += _orderings()
     lines += [f"- `{name}`: {row.why}" for name, row in ROWS.items() if row.why]
     STORE.write_text("\n".join([*lines, "", STORE.origin()]))
 
@@ -148,6 +162,32 @@ def _table(task: str, curves: dict[str, list[list[Point]]]) -> list[str]:
             f"| {last[0].bytes_up:,} + {last[0].bytes_down:,} | {wall:.0f} |"
         )
     return lines
+
+
+def _orderings() -> list[str]:
+    """Compare final losses of pairs of presets: more than one standard error counts."""
+    lines = [
+        "## Who is better, by the loss at the end",
+        "",
+        "| claim | " + " | ".join(tasks.LABELS),
+    ]
+    lines[-1] += " |"
+    lines.append("|---" * (len(tasks.LABELS) + 1) + "|")
+    for one, other, claim in ORDERINGS:
+        found = []
+        for task in tasks.LABELS:
+            pair = [
+                [points[-1].score.loss for points in _reported(name, task)] for name in (one, other)
+            ]
+            if not all(pair):
+                found.append("not run")
+                continue
+            (a, a_error), (b, b_error) = map(cells.mean_and_error, pair)
+            error = (a_error**2 + b_error**2) ** 0.5
+            verdict = "no difference" if abs(b - a) <= error else "yes" if a < b else "no"
+            found.append(f"{verdict} ({b - a:+.3f} ± {error:.3f})")
+        lines.append(f"| {one} before {other} ({claim}) | " + " | ".join(found) + " |")
+    return [*lines, "", "In brackets: how much lower the first one's loss is.", ""]
 
 
 def _plot(task: str, curves: dict[str, list[list[Point]]]) -> None:
