@@ -171,7 +171,7 @@ PRESETS: Final = {
     ),
     "lorand-zo": Preset(
         "LoRand by forward passes alone",
-        "our own defaults: nine losses for eight scalars of a byte each, a head that moves further, "
+        "our own defaults: nine losses for eight scalars of a byte each, a head that moves more, "
         "a step normalised by the running spread of the scalars, linear decay",
         {
             "model": {"trainable": "all"},
