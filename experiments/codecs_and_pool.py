@@ -1,8 +1,9 @@
 """Question: what do a byte or a bit a scalar cost, and a fixed pool of 4,096, and which K?
 
 At equal settings (rate, batches and draws alike; only what a row names differs), five seeds each on
-test data, less where the table says so. Zeroth order is the preset `lorand-zo` on one machine, first order `lorand-fo` on the
-three domains of UCI; all-MiniLM-L6-v2, last two layers and a zero head trained, batches of 16.
+test data, fewer where the table says so. Zeroth order is the preset `lorand-zo` on one machine,
+first order `lorand-fo` on the three domains of UCI; all-MiniLM-L6-v2, last two layers and a zero
+head trained, batches of 16.
 
 - codec: int32, int8 and one bit, each way; for first order too.
 - pool: the same pool of 4,096 throughout, or another one each round (`rotate_every = 1`).
