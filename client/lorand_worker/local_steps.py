@@ -203,7 +203,7 @@ def _optimizer(
     if not _is_optimizer(kind):
         raise ConfigError(
             f"local.optimizer = {section.optimizer!r} is neither in torch.optim nor in "
-            "pytorch_optimizer (`pip install pytorch_optimizer`); names are as there, such as "
+            "pytorch_optimizer (`pip install 'lorand[optimizers]'`); names are as there, such as "
             "SGD or AdamW"
         )
     try:

@@ -402,8 +402,17 @@ def test_optimizers_of_another_library_are_found(monkeypatch: pytest.MonkeyPatch
     expected = Made(config_of(local={"steps": 2, "learning_rate": 0.01})).do(Order(drawn(2)))
     assert made.do(Order(drawn(2))).values.tolist() == expected.values.tolist()
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    with pytest.raises(ConfigError, match="pip install pytorch_optimizer"):
+    with pytest.raises(ConfigError, match=r"pip install 'lorand\[optimizers"):
         Made(config_of(local={"steps": 2, "optimizer": "Halving"}))
+
+
+@pytest.mark.parametrize("name", ["Lion", "Prodigy", "ScheduleFreeAdamW"])
+def test_optimizers_of_pytorch_optimizer_walk(name: str) -> None:
+    pytest.importorskip("pytorch_optimizer")
+    local = {"steps": 2, "optimizer": name, "learning_rate": 0.01}
+    values = Made(config_of("backprop", local=local)).do(Order(np.arange(64))).values
+    assert np.isfinite(values).all()
+    assert values.any()
 
 
 def test_steps_on_weights_need_whole_weights() -> None:
