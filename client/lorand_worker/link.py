@@ -26,6 +26,7 @@ BACKOFF_FIRST_S: Final = 0.2
 BACKOFF_LARGEST_S: Final = 3.0
 CALL_TIMEOUT_S: Final = 30.0
 READ_TIMEOUT_S: Final = 600.0
+EXIT_POLL_S: Final = 1.0
 REQUESTS_QUEUED: Final = 64
 FEATURES: Final = ("checkpoint", "evaluation")
 
@@ -171,6 +172,26 @@ class Link:
         return Stream(self._coordination, hello, self.traffic)
 
 
+def outgoing(
+    requests: "queue.Queue[wire.ParticipateRequest | None]",
+) -> Iterator[wire.ParticipateRequest]:
+    """Yield requests until None comes, or this process ends.
+
+    gRPC reads them in a thread that an exit waits for. Interrupted before a Stream is made, nobody
+    is left to put None there.
+    """
+    while True:
+        try:
+            request = requests.get(timeout=EXIT_POLL_S)
+        except queue.Empty:
+            if not threading.main_thread().is_alive():
+                return
+            continue
+        if request is None:
+            return
+        yield request
+
+
 class Stream:
     """One open Participate call: iterate over messages, `send` requests, `close` it.
 
@@ -188,7 +209,7 @@ class Stream:
         self._heard = time.monotonic()
         self._listening = False
         self.send(wire.ParticipateRequest(hello=hello))
-        self._call = stub.Participate(iter(self._requests.get, None))
+        self._call = stub.Participate(outgoing(self._requests))
 
     def __iter__(self) -> Iterator[wire.ParticipateResponse]:
         """Yield the coordinator's messages until it ends the stream."""
