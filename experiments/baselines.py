@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from experiments import federation, quick
+from experiments import federation, packing, quick
 from experiments.federation import Point
 from lorand.config import ModelSection
 from lorand_worker import model
@@ -24,6 +24,7 @@ TABLE = 1 << 26
 """Gaussian draws from which a step's direction is a slice at a random place."""
 
 
+@torch.no_grad()
 def mezo(
     section: ModelSection,
     shard: Examples,
@@ -45,8 +46,8 @@ def mezo(
     """
     loaded = model.load(section, labels, federation.minilm())
     flat = _flatten(loaded.module, model.trainable_tensors(loaded, section.trainable))
-    texts = quick.texts(loaded, shard, section)
-    test = quick.texts(loaded, scored, section)
+    texts = packing.texts(loaded, shard, section)
+    test = packing.texts(loaded, scored, section)
     upper = quick.Upper(loaded.module, int(section.trainable.removeprefix("last:")), lambda: None)
     table = _table(seed)
     places = np.random.default_rng(seed)
@@ -61,7 +62,7 @@ def mezo(
             started = time.monotonic() - spent
         if points[-1].score.loss > DIVERGED:
             break
-        batch = quick.batch(*texts.states(sampler.batch()))
+        batch = packing.batch(*texts.states(sampler.batch()))
         at = int(places.integers(TABLE - flat.numel()))
         direction = table[at : at + flat.numel()]
         losses = []

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from experiments import packing
 from experiments import quick as short_cut
 from lorand import codec
 from lorand.codec import Floats
 from lorand.coefficients import add
 from lorand.config import RunConfig
-from lorand.directions import Indices
+from lorand.directions import Draws, Indices
 from lorand.manifest import Identity, run_digest
 from lorand.replica import CopyReplica
 from lorand_coordinator import optimizer
@@ -70,15 +71,20 @@ def run(
     report: Callable[[Point], None] = lambda point: None,
     forward: Forward | None = None,
     quick: bool = False,
+    draws_of_seed: bool = False,
 ) -> list[Point]:
     """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches.
 
-    `quick` measures losses by `experiments.quick`: for estimators by forward passes alone.
+    `quick` measures losses by `experiments.quick`, in a fraction of the time. The seed also moves
+    the draws of directions; with `draws_of_seed` nothing else does, so that two settings are
+    compared on the same ones.
     """
     loaded = model.load(config.model, len(config.task.labels), source or minilm())
     identity = model.identity(loaded, config)
     bench = (_short_bench if quick else _bench)(config, loaded, identity, shards, test, forward)
-    federation = _Federation(config, identity, bench, loaded.module, shards, seed)
+    this_run = b"" if draws_of_seed else config.digest()
+    draws = config.draws(run_digest(this_run + bytes([seed]), identity))
+    federation = _Federation(config, identity, bench, loaded.module, shards, seed, draws)
     points = []
     started = time.monotonic()
     for round_index in range(config.run.rounds + 1):
@@ -115,6 +121,7 @@ class _Federation:
         module: nn.Module,
         shards: Sequence[Examples],
         seed: int,
+        draws: Draws,
     ) -> None:
         self._config, self._identity, self._bench = config, identity, bench
         self._work = local_steps.build(config, bench.replica, module)
@@ -123,8 +130,7 @@ class _Federation:
             Sampler(size, config.estimator.batch_size, random.Random(f"{seed}/{i}"))
             for i, size in enumerate(self._sizes)
         ]
-        # The seed also moves the draws: another seed is another run.
-        self._draws = config.draws(run_digest(config.digest() + bytes([seed]), identity))
+        self._draws = draws
         self._state = optimizer.start(config)
         self._rounding = np.random.default_rng(seed)
         self._forget()
@@ -198,14 +204,15 @@ def _short_bench(
     test: Examples,
     forward: Forward | None,
 ) -> _Bench:
-    assert config.estimator.kind in ("spsa", "one-sided"), "the short cut has no derivatives"
+    assert config.estimator.kind != "forward", "the short cut's attention has no forward mode"
     assert forward is None, "the short cut has its own precision"
     parameters = dict(loaded.module.named_parameters())
     replica = short_cut.LazyReplica(parameters, identity.manifest, config.pool(identity))
-    kept = [short_cut.texts(loaded, part, config.model) for part in (*shards, test)]
+    kept = [packing.texts(loaded, part, config.model) for part in (*shards, test)]
     layers = int(config.model.trainable.removeprefix("last:"))
     upper = short_cut.Upper(loaded.module, layers, replica.write)
-    same_weights = config.directions.mode == "shared" and not config.local.taken
+    by_losses = config.estimator.kind != "backprop"
+    same_weights = by_losses and config.directions.mode == "shared" and not config.local.taken
 
     def losses(batches: Sequence[Batches]) -> Sequence[tuple[Loss, Batches]]:
         if same_weights:

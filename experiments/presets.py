@@ -21,12 +21,10 @@ from experiments.cells import Cell, Purpose, Store
 from experiments.federation import Point, run
 from experiments.settings import Overrides
 from lorand.config import RunConfig
-from lorand_worker.precision import Precision
-from lorand_worker.tasks import Forward
 
 STORE = Store("presets", __doc__.split("\n\n")[0])
 WORKERS: Final = 3
-FORWARDS: Final = 600
+FORWARDS: Final = 500
 SEEDS = range(5)
 TUNING_SEED: Final = 100
 TRIED: Final = tuple(3.0**power for power in (-2, -1, 0, 1, 2))
@@ -42,10 +40,16 @@ class Row:
     why: str = ""
 
 
+FEW_STEPS: Final[Overrides] = {"local": {"steps": 30}}
 ROWS: Final = {
     "mezo": Row(3e-4),
+    "just-one-byte": Row(1e-2),
+    "fedkseed": Row(1e-3, FEW_STEPS, "30 local steps a round, not 200: a run has 10 rounds"),
+    "fedkseed-pro": Row(1e-3, FEW_STEPS, "30 local steps a round, not 200: a run has 10 rounds"),
+    "decomfl": Row(3e-3),
     "feedsign": Row(3e-4),
     "fzoo": Row(1e-3),
+    "ferret": Row(1e-4),
     "lorand-zo": Row(1e-3),
     "lorand-fo": Row(1e-3),
 }
@@ -75,15 +79,13 @@ def measure(name: str, task: str, rate: float, seed: int, purpose: Purpose) -> l
     def go() -> Sequence[Point]:
         data = tasks.load(task, workers=WORKERS, seed=seed, held_out=purpose == "tune")
         shares = MARKS if purpose == "report" else (1,)
-        by_losses = config.estimator.kind in ("spsa", "one-sided")
         return run(
             config,
             data.shards,
             data.scored,
             seed=seed,
             evaluate_at=sorted({round(config.run.rounds * share) for share in shares}),
-            quick=by_losses,
-            forward=None if by_losses else Forward(precision=Precision.BFLOAT16),
+            quick=True,
         )
 
     return STORE.fill(Cell(name, task, rate, seed, purpose), settings.plain(config), go)

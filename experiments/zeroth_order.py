@@ -41,6 +41,19 @@ SEARCH: dict[str, Overrides] = {
     "one-sided .001, 4": {"estimator": {**ONE_SIDED, "directions_per_round": 4}},
     "one-sided .001, head x4": {"estimator": ONE_SIDED, "directions": {"head_scale": 4.0}},
     "one-sided .001, head x64": {"estimator": ONE_SIDED, "directions": {"head_scale": 64.0}},
+    "one-sided .001, head x256": {"estimator": ONE_SIDED, "directions": {"head_scale": 256.0}},
+    "scale .001, head x64": {
+        "estimator": {"perturbation_scale": 0.001},
+        "directions": {"head_scale": 64.0},
+    },
+    "one-sided .001, 16, head x64": {
+        "estimator": {**ONE_SIDED, "directions_per_round": 16},
+        "directions": {"head_scale": 64.0},
+    },
+    "one-sided .001, 4, head x64": {
+        "estimator": {**ONE_SIDED, "directions_per_round": 4},
+        "directions": {"head_scale": 64.0},
+    },
     "one-sided .001, momentum": {"estimator": ONE_SIDED, "optimizer": {"momentum": 0.9}},
     "one-sided .001, adam": {"estimator": ONE_SIDED, "optimizer": {"kind": "adam"}},
     "one-sided .001, cosine": {"estimator": ONE_SIDED, "optimizer": {"schedule": "cosine"}},
