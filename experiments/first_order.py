@@ -143,6 +143,7 @@ def points(name: str, row: str, rate: float, seed: int, held_out: bool) -> list[
                 scored,
                 seed=seed % 100,
                 evaluate_at=marks(method.rounds),
+                quick=True,
             )
         section = config_of(task, Method((), 1, {}), 1.0).model
         peer = (
