@@ -66,11 +66,12 @@ def local(rounds: int, up: str, size: int, **steps: int) -> Settings:
 
 
 RATES = (3e-4, 1e-3, 3e-3)
+LOW = (1e-4, 3e-4, 1e-3)
 METHODS: dict[str, dict[str, Method]] = {
     "uci": {
         "fedavg": Method((1e-4, 3e-4, 1e-3), 5),
-        "local steps, 1 bit": Method(RATES, 5, local(5, "sign", 4096, epochs=1)),
-        "local steps, 1 bit, K = 65,536": Method(RATES, 5, local(5, "sign", 65536, epochs=1)),
+        "local steps, 1 bit": Method(LOW, 10, local(10, "sign", 4096, epochs=1)),
+        "local steps, 1 bit, K = 65,536": Method(LOW, 5, local(5, "sign", 65536, epochs=1)),
         "no local steps, 1 bit": Method(
             RATES, 15, {"run": {"rounds": 15}, "directions": {"pool_size": 4096}}
         ),
