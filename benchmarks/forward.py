@@ -33,7 +33,7 @@ from lorand_worker.cache import Limits
 from lorand_worker.data import Examples
 from lorand_worker.estimators import Order
 from lorand_worker.precision import Precision, bfloat16_speedup, passes
-from lorand_worker.tasks import Classification, Forward
+from lorand_worker.tasks import Classification, Forward, Task
 
 REPEATS: Final = 9
 CPU: Final = torch.device("cpu")
@@ -155,7 +155,7 @@ def caching(data: Examples) -> dict[str, Any]:
     rounds: Work = {}
     scores: Work = {}
     indices = np.arange(3)
-    kept: dict[str, Classification] = {}
+    kept: dict[str, Task] = {}
     for name in (*places, "each_pass"):
         base = base_of("last:2")
         forward = Forward(limits=places.get(name, Limits(0, 0)))
@@ -177,7 +177,7 @@ def caching(data: Examples) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _padding(task: Classification) -> dict[str, float]:
+def _padding(task: Task) -> dict[str, float]:
     """Largest difference of hidden states between an example alone and one padded to 128."""
     worst, same = 0.0, 0
     for i in range(32):

@@ -37,7 +37,7 @@ from lorand.layerwise import LayerwiseReplica
 from lorand.manifest import Manifest, TensorSpec
 from lorand.replica import CopyReplica, hand_over
 from lorand_worker import estimators, quantisation
-from lorand_worker.model import OwnClassifier
+from lorand_worker.heads import OwnClassifier
 
 BATCH, LENGTH = 16, 128
 STEPS = 3

@@ -32,7 +32,7 @@ from lorand_worker.data import Examples, Sampler
 from lorand_worker.estimators import Loss, Order
 from lorand_worker.local_steps import Batches
 from lorand_worker.participant import encode
-from lorand_worker.tasks import Classification, Forward, Score
+from lorand_worker.tasks import Forward, Score, Task, build
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("LORAND_DATA", ROOT.parent / "shared" / "data"))
@@ -71,6 +71,7 @@ def run(
     report: Callable[[Point], None] = lambda point: None,
     forward: Forward | None = None,
     quick: bool = False,
+<<<<<<< HEAD
     draws_of_seed: bool = False,
 ) -> list[Point]:
     """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches.
@@ -78,9 +79,18 @@ def run(
     `quick` measures losses by `experiments.quick`, in a fraction of the time. The seed also moves
     the draws of directions; with `draws_of_seed` nothing else does, so that two settings are
     compared on the same ones.
+=======
+    theirs: Identity | None = None,
+) -> list[Point]:
+    """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches.
+
+    `theirs` holds the direction scales of a calibrated run.
+    `quick` measures losses by `experiments.quick`: for estimators by forward passes alone.
+>>>>>>> main
     """
-    loaded = model.load(config.model, len(config.task.labels), source or minilm())
-    identity = model.identity(loaded, config)
+    kind = config.task.kind
+    loaded = model.load(config.model, len(config.task.labels), source or minilm(), kind=kind)
+    identity = model.identity(loaded, config, theirs)
     bench = (_short_bench if quick else _bench)(config, loaded, identity, shards, test, forward)
     this_run = b"" if draws_of_seed else config.digest()
     draws = config.draws(run_digest(this_run + bytes([seed]), identity))
@@ -182,11 +192,8 @@ def _bench(
     replica = CopyReplica.of(loaded.module, identity.manifest, config.pool(identity))
     trainable = {spec.name for spec in identity.manifest.tensors}
 
-    def task(examples: Examples) -> Classification:
-        length = config.model.max_length
-        return Classification(
-            loaded, examples, trainable=trainable, max_length=length, forward=forward
-        )
+    def task(examples: Examples) -> Task:
+        return build(loaded, config, examples, trainable=trainable, forward=forward)
 
     tasks = [task(shard) for shard in shards]
 

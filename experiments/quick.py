@@ -16,8 +16,8 @@ from torch.nn import functional
 from experiments.packing import TOGETHER, Alike, Batch, Texts, batch
 from lorand.replica import CopyReplica
 from lorand_worker.estimators import Loss
+from lorand_worker.heads import PooledClassifier
 from lorand_worker.local_steps import Batches
-from lorand_worker.model import PooledClassifier
 from lorand_worker.tasks import Score
 
 

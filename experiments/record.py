@@ -18,7 +18,9 @@ from experiments import federation
 from experiments.federation import Point, payload
 from experiments.provenance import provenance
 from lorand.config import RunConfig
+from lorand.manifest import Identity
 from lorand_worker.data import Examples
+from lorand_worker.tasks import Forward
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TEST = "test"
@@ -30,11 +32,15 @@ Data = Callable[[int], tuple[Sequence[Examples], Examples]]
 
 @dataclass(frozen=True)
 class Experiment:
-    """Name of the results files, what is claimed, and how the settings were found."""
+    """Name of the results files, what is claimed, and how the settings were found.
+
+    `summary` adds lines of Markdown of its own to the tables.
+    """
 
     name: str
     claim: str
     tuning: str
+    summary: Callable[[dict[str, Any]], list[str]] = lambda content: []
 
     def measure(
         self,
@@ -46,8 +52,14 @@ class Experiment:
         seeds: Iterable[int],
         evaluate_at: Sequence[int],
         target: float | None = None,
+        theirs: Identity | None = None,
+        source: Path | None = None,
+        forward: Forward | None = None,
     ) -> None:
-        """Run the seeds that the results do not hold yet; write after each."""
+        """Run the seeds that the results do not hold yet; write after each.
+
+        `source` is the model's folder, by default MiniLM's.
+        """
         torch.set_num_threads(1)
         numba.set_num_threads(1)
         for seed in seeds:
@@ -59,7 +71,15 @@ class Experiment:
             shards, scored = data(seed)
             started, started_cpu = time.monotonic(), time.process_time()
             points = federation.run(
-                config, shards, scored, seed=seed, evaluate_at=evaluate_at, report=_show
+                config,
+                shards,
+                scored,
+                seed=seed,
+                evaluate_at=evaluate_at,
+                source=source,
+                report=_show,
+                forward=forward,
+                theirs=theirs,
             )
             entry |= {"row": row, "workers": len(shards), **payload(config, len(shards))}
             entry["provenance"] = provenance()
@@ -94,17 +114,28 @@ class Experiment:
 
     def _write(self, content: dict[str, Any]) -> None:
         RESULTS.mkdir(exist_ok=True)
-        for suffix, text in (("json", json.dumps(content, indent=1)), ("md", table(content))):
+        for suffix, text in (
+            ("json", json.dumps(content, indent=1)),
+            ("md", table(content, self.summary(content))),
+        ):
             path = RESULTS / f"{self.name}.{suffix}"
             partial = path.with_suffix(".partial")
             partial.write_text(text + "\n", encoding="utf-8")
             partial.replace(path)
 
 
-def table(content: dict[str, Any]) -> str:
-    """Return the results as Markdown."""
+def table(content: dict[str, Any], summary: Sequence[str] = ()) -> str:
+    """Return the results as Markdown, an experiment's own summary before the rows."""
     made = content["rows"][-1]["provenance"]
-    lines = [f"# {content['experiment']}", "", content["claim"], "", content["tuning"], ""]
+    lines = [
+        f"# {content['experiment']}",
+        "",
+        content["claim"],
+        "",
+        content["tuning"],
+        "",
+        *summary,
+    ]
     for scored_on in (TEST, HELD_OUT):
         rows = [row for row in content["rows"] if row["scored_on"] == scored_on and row["seeds"]]
         if not rows:

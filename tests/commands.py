@@ -212,7 +212,8 @@ class Room:
         """Write run.lock as `lr-worker prepare` does, without its start-up."""
         from lorand_worker import model as models
 
-        loaded = models.load(self.config.model, len(self.config.task.labels), self.model)
+        task = self.config.task
+        loaded = models.load(self.config.model, len(task.labels), self.model, kind=task.kind)
         identity = models.identity(loaded, self.config)
         (self.folder / "run.lock").write_text(identity.to_lock(), encoding="utf-8")
         return self

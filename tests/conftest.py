@@ -38,6 +38,18 @@ def roberta_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def masked_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT that fills masks."""
+    return tiny.write_model(tmp_path_factory.mktemp("masked"), "masked")
+
+
+@pytest.fixture(scope="session")
+def causal_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2, whose output layer is its embedding."""
+    return tiny.write_model(tmp_path_factory.mktemp("causal"), "causal")
+
+
+@pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Training files of three domains, and `test`."""
     return tiny.write_data(tmp_path_factory.mktemp("data"))

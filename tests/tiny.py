@@ -63,7 +63,8 @@ def write_data(folder: Path, count: int = 160) -> dict[str, Path]:
 
 # -- models --------------------------------------------------------------------------------------
 
-Kind = Literal["encoder", "own", "roberta"]
+Kind = Literal["encoder", "own", "roberta", "masked", "causal"]
+END: Final = "<|end|>"
 
 
 def write_model(
@@ -72,13 +73,14 @@ def write_model(
     """Write config.json, model.safetensors and a fast tokenizer.
 
     `encoder` is a BERT without a head, `own` one that was saved with a classification head of two
-    labels, `roberta` an encoder whose own head has two layers, which the checkpoint lacks. `seed`
-    chooses the weights, `more_words` makes another tokenizer.
+    labels, `roberta` an encoder whose own head has two layers, which the checkpoint lacks, `masked`
+    a BERT that fills masks, `causal` a GPT-2 on bytes and their merges. `seed` chooses the weights,
+    `more_words` makes another tokenizer.
     """
     import torch
     import transformers
 
-    vocabulary = _write_tokenizer(folder, more_words)
+    vocabulary = (_write_bytes if kind == "causal" else _write_tokenizer)(folder, more_words)
     sizes: dict[str, Any] = {
         "vocab_size": max(200, len(vocabulary)),
         "hidden_size": 32,
@@ -95,6 +97,10 @@ def write_model(
                 transformers.RobertaConfig(**sizes, bos_token_id=2, eos_token_id=3),
                 add_pooling_layer=False,
             )
+        elif kind == "causal":
+            model = transformers.GPT2LMHeadModel(_gpt2(sizes, vocabulary[END]))
+        elif kind == "masked":
+            model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
         elif kind == "own":
             config = transformers.BertConfig(**sizes, num_labels=2)
             model = transformers.BertForSequenceClassification(config)
@@ -103,7 +109,9 @@ def write_model(
                 transformers.BertConfig(**sizes), add_pooling_layer=False
             )
         for name, parameter in model.named_parameters():
-            if "embeddings.word" in name:  # BERT's 0.02 leaves words hardly apart in 32 numbers
+            if (
+                "embeddings.word" in name or "wte" in name
+            ):  # BERT's 0.02 leaves words hardly apart in 32 numbers
                 parameter.data.normal_(0.0, 0.3)
     model.save_pretrained(folder, safe_serialization=True)
     return folder
@@ -124,6 +132,41 @@ def _write_tokenizer(folder: Path, more_words: Sequence[str]) -> dict[str, int]:
     names = {f"{word.strip('[]').lower()}_token": word for word in SPECIAL}
     transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **names).save_pretrained(folder)
     return vocabulary
+
+
+def _gpt2(sizes: dict[str, Any], end: int) -> Any:
+    import transformers
+
+    return transformers.GPT2Config(
+        vocab_size=sizes["vocab_size"],
+        n_embd=sizes["hidden_size"],
+        n_layer=sizes["num_hidden_layers"],
+        n_head=sizes["num_attention_heads"],
+        n_positions=sizes["max_position_embeddings"],
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+
+
+def _write_bytes(folder: Path, more_words: Sequence[str]) -> dict[str, int]:
+    """GPT-2's kind of tokenizer: a space belongs to the word after it, and nothing is unknown."""
+    import tokenizers
+    import transformers
+
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE())
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=800,
+        show_progress=False,
+        special_tokens=[END],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    )
+    words = [*FILLER, *GOOD, *BAD, *more_words, *(w for ws in DOMAINS.values() for w in ws)]
+    raw.train_from_iterator([f" {word}" for word in words] * 2, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END)
+    tokenizer.save_pretrained(folder)
+    return dict(raw.get_vocab())
 
 
 # -- run files -----------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ from lorand.layerwise import LayerwiseReplica
 from lorand.ledger import Position
 from lorand.manifest import Identity, Manifest
 from lorand.replica import DTYPES, CopyReplica, Replica
-from lorand_worker import local_steps, memory, model, quantisation
-from lorand_worker.data import Examples, Sampler
+from lorand_worker import local_steps, memory, model, quantisation, tasks
+from lorand_worker.data import Examples, Pairs, Sampler
 from lorand_worker.estimators import Measurement, Order
 from lorand_worker.floor import FloorWatch
 from lorand_worker.memory import Weights
 from lorand_worker.model import LoadedModel
-from lorand_worker.tasks import Classification, Forward, Score
+from lorand_worker.tasks import Forward, Score, Task
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,11 @@ def load_base(
     weights: Weights = Weights.COPY,
     *,
     checkpointing: bool = False,
+    theirs: Identity | None = None,
 ) -> Base:
     """Load the run's model. Raises ModelError or ConfigError.
 
+    `theirs` is the run's identity where it is known: measured direction scales come from there.
     `checkpointing`: backward passes over a copy run each block again instead of keeping its
     activations, as they always do layerwise.
     """
@@ -54,9 +56,10 @@ def load_base(
     whole = config.estimator.kind == "forward" or config.local.space == "weights"
     if whole and weights == Weights.AUTO:
         weights = Weights.COPY  # it differentiates along whole weights, or steps on them
-    loaded = model.load(config.model, len(config.task.labels), source)
+    task = config.task
+    loaded = model.load(config.model, len(task.labels), source, kind=task.kind)
     loaded = replace(loaded, stored={name: q.on(device) for name, q in loaded.stored.items()})
-    identity = model.identity(loaded, config)
+    identity = model.identity(loaded, config, theirs)
     module, pool = loaded.module, config.pool(identity)
     elsewhere = [p for p in module.parameters() if p.device != device]
     to_bring = sum(p.nbytes for p in elsewhere)
@@ -108,16 +111,12 @@ def parse_device(name: str) -> torch.device:
 
 
 def task_for(
-    base: Base, config: RunConfig, examples: Examples, forward: Forward | None = None
-) -> Classification:
+    base: Base, config: RunConfig, examples: Examples | Pairs, forward: Forward | None = None
+) -> Task:
     """Return the run's task on these examples."""
-    return Classification(
-        base.loaded,
-        examples,
-        trainable={spec.name for spec in base.identity.manifest.tensors},
-        max_length=config.model.max_length,
-        device=base.device,
-        forward=forward,
+    trainable = {spec.name for spec in base.identity.manifest.tensors}
+    return tasks.build(
+        base.loaded, config, examples, trainable=trainable, device=base.device, forward=forward
     )
 
 
@@ -128,7 +127,7 @@ class ModelBench:
         self,
         base: Base,
         config: RunConfig,
-        examples: Examples,
+        examples: Examples | Pairs,
         source: random.Random | None = None,
         forward: Forward | None = None,
     ) -> None:
@@ -148,6 +147,11 @@ class ModelBench:
     def examples(self) -> int:
         """See Bench."""
         return len(self._task)
+
+    @property
+    def cut(self) -> int:
+        """Number of prompts that were cut to the run's max_length."""
+        return self._task.cut
 
     def adopt(self, position: Position) -> None:
         """See Bench."""

@@ -17,7 +17,21 @@ from rich.console import Console
 
 from lorand.config import RunConfig, load
 from lorand.errors import ConfigError, LorandError
+from lorand.manifest import Identity
 from lorand_worker import guard
+from lorand_worker.flags import (
+    Address,
+    CacheDir,
+    CacheDisk,
+    CacheMemory,
+    Data,
+    Device,
+    GiveUp,
+    Json,
+    KeptWeights,
+    Model,
+    Threads,
+)
 from lorand_worker.memory import Weights
 from lorand_worker.precision import Precision
 from lorand_worker.reporting import ConsoleReporter
@@ -33,70 +47,59 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-Address = Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.")]
-Data = Annotated[Path, typer.Option(help="CSV, TSV or JSONL file with a text and a label column.")]
-Model = Annotated[Path | None, typer.Option(help="Local copy of the run's model.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
-KeptWeights = Annotated[
-    Weights,
-    typer.Option(
-        help="copy: base beside working weights, twice the memory. layerwise: made as each layer "
-        "runs, from the base. auto: copy where there is room and the base is not quantised."
-    ),
-]
-CacheMemory = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        max=1e9,
-        help="GB of memory for hidden states that cannot change; default: a quarter of what is "
-        "available.",
-    ),
-]
-CacheDisk = Annotated[
-    float | None,
-    typer.Option(
-        min=0,
-        max=1e9,
-        help="GB of disk for hidden states beyond that, in a file without a name that is gone when "
-        "the worker ends; 0: none; default: a quarter of what is free.",
-    ),
-]
-CacheDir = Annotated[Path | None, typer.Option(help="Where that file is; default: /var/tmp.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")]
-GiveUp = Annotated[float, typer.Option(min=1, help="Seconds to look for an absent coordinator.")]
-
 
 @app.command()
 def prepare(
     run: Annotated[Path, typer.Argument(help="The run file.")],
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="Measure the direction scales on these examples; a few integers tell of them.",
+        ),
+    ] = None,
     model: Model = None,
     json_output: Json = False,
 ) -> None:
     """Load the run's model and write run.lock: its digests and trainable tensors."""
+    from lorand_worker import local_steps, tasks
     from lorand_worker.resolution import check_perturbation
 
     config = load(run)
-    base = _load_base(config, model, "cpu", _reporter(json_output))
-    check_perturbation(config, base.replica)
-    _warm_up(base)
+    local_steps.check(config)
+    report = _reporter(json_output)
+    calibrated = config.directions.scale_rule == "calibrated"
+    if calibrated != (calibrate is not None):
+        raise ConfigError(
+            f'{run} has directions.scale_rule = "calibrated": give examples, --calibrate DATA'
+            if calibrated
+            else '--calibrate measures scales for directions.scale_rule = "calibrated": set it in '
+            f"{run}, or leave the option out"
+        )
+    if calibrate is None:
+        base = _load_base(config, model, "cpu", report)
+        tasks.check(base.loaded, config)
+        check_perturbation(config, base.replica)
+        _warm_up(base)
+        identity = base.identity
+    else:
+        identity = _calibrated(config, model, calibrate, report)
     lock = run.with_name("run.lock")
     try:
-        lock.write_text(base.identity.to_lock(), encoding="utf-8")
+        lock.write_text(identity.to_lock(), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {lock}: {error}") from error
-    manifest = base.identity.manifest
+    manifest = identity.manifest
     result = {
         "lock": str(lock),
-        "base_digest": base.identity.base_digest.hex(),
+        "base_digest": identity.base_digest.hex(),
         "tensors": len(manifest.tensors),
         "weights": manifest.num_weights,
     }
     _result(
         result,
         f"wrote {lock}: {len(manifest.tensors)} trainable tensors, {manifest.num_weights:,} "
-        f"weights, base {base.identity.base_digest.hex()[:16]}",
+        f"weights, base {identity.base_digest.hex()[:16]}",
         json_output,
     )
 
@@ -205,7 +208,7 @@ def join(
             report.note(line)
         for label in data_files.missing_labels(examples, config.task):
             report.note(f"no example here is labelled {label!r}; other workers may have some")
-        base = _load_base(config, model, device, report, weights, checkpointing)
+        base = _load_base(config, model, device, report, weights, checkpointing, theirs)
         if theirs is not None:
             guard.check_identity(base.identity, theirs)
         check_perturbation(config, base.replica)
@@ -214,6 +217,12 @@ def join(
         report.note(why)
         forward = Forward(chosen, _cache_limits(cache_memory_gb, cache_disk_gb, cache_dir))
         bench = ModelBench(base, config, examples, forward=forward)
+        if bench.cut:
+            length = config.model.max_length
+            report.note(
+                f"{bench.cut} of {len(examples)} examples are longer than model.max_length = "
+                f"{length} tokens: the ends of their prompts are left out"
+            )
         who = name or f"{socket.gethostname()}-{data.stem}"[:64]
         folder = state or _state_folder()
         session = Session(link, config, base.identity, bench, who, report, folder)
@@ -277,7 +286,7 @@ def evaluate(
     try:
         config, theirs = session.fetch_run(link, report.note)
         examples = data_files.load(data, config.task)
-        base = _load_base(config, model, device, report, weights)
+        base = _load_base(config, model, device, report, weights, theirs=theirs)
         if theirs is not None:
             guard.check_identity(base.identity, theirs)
         forward = Forward(limits=_cache_limits(cache_memory_gb, cache_disk_gb, cache_dir))
@@ -297,7 +306,8 @@ def evaluate(
     if score is not None:
         _result(
             {"accuracy": score.accuracy, "loss": score.loss, "examples": score.examples},
-            f"accuracy {score.accuracy:.4f}, loss {score.loss:.4f} on {score.examples} examples",
+            f"{'token ' * (config.task.kind == 'causal-lm')}accuracy {score.accuracy:.4f}, "
+            f"loss {score.loss:.4f} on {score.examples} examples",
             json_output,
         )
 
@@ -329,7 +339,8 @@ def export(
         f"wrote {folder / adapter.WEIGHTS_FILE}: {size:,} bytes after {position.committed} rounds"
     )
     if merged:
-        base = _load_base(position.config, model, "cpu", _reporter(json_output))
+        report = _reporter(json_output)
+        base = _load_base(position.config, model, "cpu", report, theirs=position.identity)
         guard.check_identity(base.identity, position.identity)
         bring(base.replica, position)
         base.replica.settle()
@@ -350,7 +361,8 @@ def replay(
     from lorand_worker.bench import bring
 
     position = _position(source)
-    base = _load_base(position.config, model, device, _reporter(json_output))
+    report = _reporter(json_output)
+    base = _load_base(position.config, model, device, report, theirs=position.identity)
     guard.check_identity(base.identity, position.identity)
     bring(base.replica, position)
     digest = base.replica.digest().hex()
@@ -389,13 +401,34 @@ def _load_base(
     report: ConsoleReporter,
     weights: Weights = Weights.COPY,
     checkpointing: bool = False,
+    theirs: Identity | None = None,
 ) -> Any:
     from lorand_worker.bench import load_base
 
     if model is not None and not model.is_dir():
         raise ConfigError(f"--model {model} is not a folder")
     report.note(f"loading {model or config.model.name}")
-    return load_base(config, model, device, weights, checkpointing=checkpointing)
+    return load_base(config, model, device, weights, checkpointing=checkpointing, theirs=theirs)
+
+
+def _calibrated(
+    config: RunConfig, model: Path | None, data: Path, report: ConsoleReporter
+) -> Identity:
+    """The run's identity with direction scales measured on these examples."""
+    from lorand_worker import data as data_files
+    from lorand_worker import sensitivity
+    from lorand_worker.bench import task_for
+
+    base = _load_base(sensitivity.uncalibrated(config), model, "cpu", report)
+    task = task_for(base, config, data_files.load(data, config.task))
+    found = sensitivity.measure(base, config, task)
+    identity = sensitivity.identity(base, found)
+    for row, tensor in zip(found, identity.manifest.tensors, strict=True):
+        report.note(
+            f"{row.name}: squared projected gradient {row.gradient:.3g}, curvature "
+            f"{row.curvature:.3g}, scale 2^{tensor.scale_exponent}"
+        )
+    return identity
 
 
 def _cache_limits(memory_gb: float | None, disk_gb: float | None, folder: Path | None) -> Any:

@@ -26,42 +26,83 @@ class Examples:
         return len(self.texts)
 
 
-def load(path: Path, task: TaskSection) -> Examples:
-    """Read a CSV, TSV or JSON-lines file with a text and a label column.
+@dataclass(frozen=True)
+class Pairs:
+    """Prompts and their answers."""
+
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.prompts)
+
+
+def load(path: Path, task: TaskSection) -> Examples | Pairs:
+    """Read the examples of a task from a CSV, TSV or JSON-lines file: Pairs for causal-lm.
 
     The first line of a CSV or TSV names the columns. Raises DataError when the file is missing,
-    unreadable, empty, has other columns, or holds a label that the run does not know.
+    unreadable, empty, has other columns or empty fields, or holds a label that the run does not
+    know.
     """
+    if task.kind == "causal-lm":
+        columns = _columns(
+            path, "prompt_column", task.prompt_column, "answer_column", task.answer_column
+        )
+        rows = [
+            (_filled(path, line, "prompt", p), _filled(path, line, "answer", a))
+            for line, p, a in columns
+        ]
+        return Pairs(tuple(p for p, _ in rows), tuple(a for _, a in rows))
+    return _labelled(path, task)
+
+
+def _labelled(path: Path, task: TaskSection) -> Examples:
     index = {label: position for position, label in enumerate(task.labels)}
     texts: list[str] = []
     labels: list[int] = []
-    for line, row in _rows(path):
-        text, label = row.get(task.text_column), row.get(task.label_column)
-        if text is None or label is None:
-            raise DataError(
-                f"{path}, line {line}: columns {task.text_column!r} and {task.label_column!r} are "
-                f"needed, found {', '.join(map(repr, row))}; rename them or set task.text_column "
-                "and task.label_column in the run file"
-            )
-        label = str(label).strip()
+    columns = _columns(path, "text_column", task.text_column, "label_column", task.label_column)
+    for line, text, label in columns:
+        label = label.strip()
         if label not in index:
             known = ", ".join(task.labels[:8]) + (", …" if len(task.labels) > 8 else "")
             raise DataError(
                 f"{path}, line {line}: the label {label!r} is not one of the run's ({known}); "
                 "correct the file or ask the coordinator's operator to add the label"
             )
-        if not str(text).strip():
-            raise DataError(f"{path}, line {line}: the text is empty; remove the line")
-        texts.append(str(text))
+        texts.append(_filled(path, line, "text", text))
         labels.append(index[label])
-    if not texts:
-        raise DataError(f"{path} holds no examples; give a file with at least one")
     return Examples(tuple(texts), tuple(labels))
 
 
-def missing_labels(examples: Examples, task: TaskSection) -> list[str]:
+def _columns(
+    path: Path, first_setting: str, first: str, second_setting: str, second: str
+) -> Iterator[tuple[int, str, str]]:
+    """Yield each example's line and its two fields, named by two settings of [task]."""
+    empty = True
+    for line, row in _rows(path):
+        one, other = row.get(first), row.get(second)
+        if one is None or other is None:
+            raise DataError(
+                f"{path}, line {line}: columns {first!r} and {second!r} are "
+                f"needed, found {', '.join(map(repr, row))}; rename them or set "
+                f"task.{first_setting} and task.{second_setting} in the run file"
+            )
+        empty = False
+        yield line, str(one), str(other)
+    if empty:
+        raise DataError(f"{path} holds no examples; give a file with at least one")
+
+
+def _filled(path: Path, line: int, what: str, content: str) -> str:
+    if not content.strip():
+        raise DataError(f"{path}, line {line}: the {what} is empty; remove the line")
+    return content
+
+
+def missing_labels(examples: Examples | Pairs, task: TaskSection) -> list[str]:
     """Return the run's labels that this data never shows: allowed, and worth telling."""
-    seen = set(examples.labels)
+    seen = set(examples.labels) if isinstance(examples, Examples) else set()
     return [label for position, label in enumerate(task.labels) if position not in seen]
 
 

@@ -62,7 +62,7 @@ class SeedSteps:
     def __init__(self, config: RunConfig, replica: Replica, estimator: Estimator) -> None:
         """Take what measures. Raises ConfigError for an optimizer that cannot step on a vector."""
         self._config, self._replica, self._estimator = config, replica, estimator
-        try_out(config.local, torch.zeros(4))
+        check(config)
 
     def do(self, loss: Loss, batches: Batches, order: Order, examples: int) -> Measurement:
         """See Work."""
@@ -118,7 +118,7 @@ class WeightSteps:
         self._inverse = {t.name: 4.0**-t.scale_exponent for t in replica.manifest.tensors}
         for tensor in replica.parameters.values():
             tensor.requires_grad_(True)
-        try_out(config.local, torch.zeros(4, 4))
+        check(config)
 
     def do(self, loss: Loss, batches: Batches, order: Order, examples: int) -> Measurement:
         """See Work."""
@@ -161,6 +161,14 @@ def rate(config: RunConfig, committed: int) -> float:
         settings.warmup_rounds,
         settings.refined,
     )
+
+
+def check(config: RunConfig) -> None:
+    """Raise ConfigError unless the run's local optimizer, if any, is there and takes a step."""
+    if config.local.taken:
+        try_out(
+            config.local, torch.zeros(4, 4) if config.local.space == "weights" else torch.zeros(4)
+        )
 
 
 def try_out(section: LocalSection, like: torch.Tensor) -> None:

@@ -9,23 +9,36 @@ from torch import nn
 
 from lorand.errors import ModelError
 from lorand.ledger import Position
-from lorand_worker.model import LoadedModel, OwnClassifier, PooledClassifier
+from lorand.sections import PLAIN_TEMPLATE
+from lorand_worker import peft_layers
+from lorand_worker.heads import LanguageModel, OwnClassifier, PooledClassifier
+from lorand_worker.model import LoadedModel
 
 
 def save(loaded: LoadedModel, position: Position, folder: Path) -> Path:
     """Write weights, config and tokenizer; return the folder.
 
-    A model with its own head opens in transformers as it is. An encoder with a pooled head is
-    written as the encoder (which opens in transformers) beside head.safetensors and head.json.
+    Adapters are merged into the weights beside them, in place. A language model or one with its own
+    head opens in transformers as it is; what asks for labels by words is beside it in prompt.json.
+    An encoder with a pooled head is written as the encoder (which opens in transformers) beside
+    head.safetensors and head.json.
     """
-    labels = list(position.config.task.labels)
+    task = position.config.task
+    labels = list(task.labels)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         loaded.tokenizer.save_pretrained(folder)
         module = loaded.module
+        if loaded.adapted:
+            peft_layers.merge(module)
         if isinstance(module, OwnClassifier):
             _name_labels(module.model, labels)
             _pretrained(module.model).save_pretrained(folder, safe_serialization=True)
+        elif isinstance(module, LanguageModel):
+            _pretrained(module.model).save_pretrained(folder, safe_serialization=True)
+            template = task.template or PLAIN_TEMPLATE
+            asked = {"template": template, "labels": labels, "label_words": task.label_words}
+            (folder / "prompt.json").write_text(json.dumps(asked, indent=1), encoding="utf-8")
         else:
             assert isinstance(module, PooledClassifier)
             _pretrained(module.encoder).save_pretrained(folder, safe_serialization=True)

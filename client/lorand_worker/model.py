@@ -1,12 +1,9 @@
-"""Load a base model for classification, choose its trainable tensors, and name its identity."""
+"""Load a base model for a task, choose its trainable tensors, and name its identity."""
 
 import hashlib
 import json
-import logging
 import math
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,48 +16,14 @@ from lorand.errors import ModelError
 from lorand.kernels.reference import signs
 from lorand.layers import Absent
 from lorand.manifest import Identity, Manifest, TensorSpec, select_trainable
-from lorand.replica import DTYPES, tensor_bytes
+from lorand.replica import tensor_bytes
+from lorand.sections import TaskKind
+from lorand_worker import peft_layers, scales
+from lorand_worker.pretrained import quiet_transformers, read
 from lorand_worker.quantisation import Quantised, quantise_layers
 
 HEAD_KEY = (0x4C6F5261, 0x6E644831)
 """Key of the signs that start the inner layers of a new multi-layer head ("LoRa", "ndH1")."""
-_BODY = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks)\.\d+\.|embed|wte")
-"""Parts of a model that must come from its checkpoint."""
-
-
-class PooledClassifier(nn.Module):
-    """Encoder → mean over tokens → unit length × feature_scale → linear head (zero at first)."""
-
-    def __init__(
-        self, encoder: nn.Module, width: int, num_labels: int, feature_scale: float
-    ) -> None:
-        """Build the head; the encoder's pooler, if any, is not used."""
-        super().__init__()
-        self.encoder = encoder
-        self.head = nn.Linear(width, num_labels)
-        self.feature_scale = feature_scale
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Return logits, shape (batch, num_labels), from token ids of shape (batch, length)."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
-        unit = nn.functional.normalize(mean, dim=-1)
-        return torch.as_tensor(self.head(unit * self.feature_scale))
-
-
-class OwnClassifier(nn.Module):
-    """A Hugging Face sequence-classification model with its own head."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Wrap the model."""
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Return logits, shape (batch, num_labels)."""
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask)
-        return torch.as_tensor(output.logits)
 
 
 @dataclass(frozen=True)
@@ -68,24 +31,36 @@ class LoadedModel:
     """A base model ready for a run; `new_names` are tensors the checkpoint did not have.
 
     `stored` are quantised weights by name; the module holds stand-ins for them (`layers.Absent`).
+    `adapted` are the parameters of adapters: if there are any, only they and new ones are trained.
     """
 
     module: nn.Module
     tokenizer: Any
     new_names: frozenset[str]
     stored: dict[str, Quantised] = field(default_factory=dict)
+    adapted: frozenset[str] = frozenset()
 
 
-def load(section: ModelSection, num_labels: int, source: str | Path | None = None) -> LoadedModel:
+def load(
+    section: ModelSection,
+    num_labels: int,
+    source: str | Path | None = None,
+    *,
+    kind: TaskKind = "classification",
+) -> LoadedModel:
     """Load model and tokenizer by name, folder or revision; safetensors only, no remote code.
 
-    `source` replaces the run's model name on this machine (a local copy). Dropout is off. New head
-    weights start alike everywhere: zero in the last layer. Raises ModelError.
+    `source` replaces the run's model name on this machine (a local copy), `kind` is the task's: a
+    classifier of `num_labels`, or a language model with its own vocabulary. Dropout is off. New
+    head weights start alike everywhere: zero in the last layer. Raises ModelError.
     """
     name = str(source or section.name)
     try:
-        with _quiet_transformers():
-            return _load(section, num_labels, name)
+        with quiet_transformers():
+            found = read(section, num_labels, name, kind)
+            _start_alike(found.module, found.new, num_labels)
+            adapted = peft_layers.attach(found.module, section)
+            stored = quantise_layers(found.module, section.quantisation, beside=adapted)
     except ModelError:
         raise
     except Exception as error:  # transformers raises many kinds for one cause: it cannot load.
@@ -94,79 +69,10 @@ def load(section: ModelSection, num_labels: int, source: str | Path | None = Non
             "with config.json, model.safetensors and the tokenizer (`--model FOLDER`), or a name "
             "that the Hugging Face hub knows"
         ) from error
+    return LoadedModel(found.module.eval(), found.tokenizer, found.new, stored, adapted)
 
 
-def _load(section: ModelSection, num_labels: int, name: str) -> LoadedModel:
-    import transformers
-
-    common = {"revision": section.revision, "trust_remote_code": False}
-    config = transformers.AutoConfig.from_pretrained(name, **common)
-    if getattr(config, "quantization_config", None):
-        raise ModelError(
-            f"the weights of {name!r} are quantised already; name the model they were made from, "
-            'and set model.quantisation to "int8" or "nf4" in the run file'
-        )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **common)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    options = {**common, "use_safetensors": True, "dtype": DTYPES[section.dtype]}
-    own = section.head == "own" or (
-        section.head == "auto"
-        and any(a.endswith("ForSequenceClassification") for a in config.architectures or [])
-    )
-    module: nn.Module
-    if own:
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name,
-            num_labels=num_labels,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **options,
-        )
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
-        module, new = OwnClassifier(model), {f"model.{key}" for key in _fresh(info)}
-    else:
-        encoder, info = _load_encoder(transformers, name, options)
-        module = PooledClassifier(encoder, config.hidden_size, num_labels, section.feature_scale)
-        module.head.to(DTYPES[section.dtype])
-        new = {"head.weight", "head.bias", *(f"encoder.{key}" for key in _fresh(info))}
-    _start_alike(module, new, num_labels)
-    _forget_calls(module)
-    stored = quantise_layers(module, section.quantisation)
-    return LoadedModel(module.eval(), tokenizer, frozenset(new), stored)
-
-
-def _load_encoder(
-    transformers: Any, name: str, options: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The encoder and what transformers tells of loading it."""
-    options = {**options, "output_loading_info": True}
-    try:
-        loaded = transformers.AutoModel.from_pretrained(name, add_pooling_layer=False, **options)
-    except TypeError:  # an architecture without a pooler does not know the argument
-        loaded = transformers.AutoModel.from_pretrained(name, **options)
-    encoder, info = loaded
-    return encoder, info
-
-
-def _fresh(info: dict[str, Any]) -> set[str]:
-    """Names of tensors that the checkpoint did not have, or had in another shape.
-
-    Only a head or a pooler may be new. Raises ModelError for a layer or an embedding, which
-    transformers would fill with random numbers.
-    """
-    fresh = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
-    lost = sorted(key for key in fresh if _BODY.search(key))
-    if lost:
-        raise ModelError(
-            f"the model's weights lack {lost[0]!r} and {len(lost) - 1} more, or have them in "
-            "another shape; model.safetensors and config.json are not of the same model"
-        )
-    return fresh
-
-
-def _start_alike(module: nn.Module, new: set[str], num_labels: int) -> None:
+def _start_alike(module: nn.Module, new: frozenset[str], num_labels: int) -> None:
     """Give new tensors the same start on every machine: zero, or signs under a fixed key.
 
     Only the last layer may be zero: a head of two zero layers would have no gradient at all.
@@ -185,31 +91,38 @@ def _start_alike(module: nn.Module, new: set[str], num_labels: int) -> None:
                 tensor.zero_()
 
 
-def _forget_calls(module: nn.Module) -> None:
-    """Have causal models keep no keys and values: nothing is generated, and they take memory."""
-    for part in module.modules():
-        config: Any = getattr(part, "config", None)
-        if getattr(config, "use_cache", False):
-            config.use_cache = False
-
-
 def trainable_tensors(model: LoadedModel, rule: str) -> dict[str, torch.Tensor]:
-    """Return the parameters that the rule selects, tied ones once, in the model's order."""
+    """Return the parameters that the rule selects, tied ones once, in the model's order.
+
+    Adapters were put where it selects: then they are what is trained, and a new head.
+    """
     parameters = dict(model.module.named_parameters())
+    if model.adapted:
+        return {n: p for n, p in parameters.items() if n in model.adapted | model.new_names}
     return {name: parameters[name] for name in select_trainable(list(parameters), rule)}
 
 
-def identity(model: LoadedModel, config: RunConfig) -> Identity:
-    """Return base digest, tokenizer digest and manifest of a loaded, untrained model."""
-    head_exponent = int(math.log2(config.directions.head_scale))
+def identity(model: LoadedModel, config: RunConfig, theirs: Identity | None = None) -> Identity:
+    """Return base digest, tokenizer digest and manifest of a loaded, untrained model.
+
+    `theirs` is the run's identity where it is known: measured direction scales come from there.
+    """
+    tensors = trainable_tensors(model, config.model.trainable)
+    exponents = scales.exponents(
+        config.directions.scale_rule,
+        {n: model.stored[n].dense() if n in model.stored else t for n, t in tensors.items()},
+        new=model.new_names,
+        head_exponent=int(math.log2(config.directions.head_scale)),
+        theirs=None if theirs is None else theirs.manifest,
+    )
     specs = [
         TensorSpec(
             name,
             tuple(tensor.shape),
             str(tensor.dtype).removeprefix("torch."),
-            head_exponent if name in model.new_names else 0,
+            exponents[name],
         )
-        for name, tensor in trainable_tensors(model, config.model.trainable).items()
+        for name, tensor in tensors.items()
     ]
     manifest = Manifest(tuple(sorted(specs, key=lambda spec: spec.name)))
     digest = base_digest(model.module, model.stored)
@@ -244,21 +157,3 @@ def tokenizer_digest(tokenizer: Any) -> bytes:
             for key in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
         }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep load reports and progress bars of transformers out of the command's output."""
-    import transformers
-
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()

@@ -8,6 +8,7 @@ et al., NeurIPS 2022), nf4 QLoRA's normal-float code in blocks of 64 (Dettmers e
 """
 
 import logging
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +59,14 @@ def quantise(weight: torch.Tensor, kind: Quantisation) -> Quantised:
     return Quantised(codes, state, weight.dtype)
 
 
-def quantise_layers(module: nn.Module, kind: Quantisation) -> dict[str, Quantised]:
+def quantise_layers(
+    module: nn.Module, kind: Quantisation, *, beside: Container[str] = ()
+) -> dict[str, Quantised]:
     """Quantise the linear layers inside the model's blocks, and leave stand-ins in their places.
 
-    Embeddings, norms, biases and heads stay as they are, as the field does. Returns the weights by
-    name. Raises ModelError where there is nothing to quantise or no library to do it.
+    Embeddings, norms, biases and heads stay as they are, as the field does, and so do the weights
+    `beside`, those of adapters. Returns the weights by name. Raises ModelError where there is
+    nothing to quantise or no library to do it.
     """
     if kind == "none":
         return {}
@@ -78,6 +82,8 @@ def quantise_layers(module: nn.Module, kind: Quantisation) -> dict[str, Quantise
         weight = slot.holder._parameters[slot.attribute]
         if weight is None or id(weight) not in linear or weight.shape[-1] % 2:
             continue  # for odd rows of 4-bit codes bitsandbytes would compile code at run time
+        if slot.name in beside:
+            continue
         if slot.name not in result:
             result[slot.name] = quantise(weight.detach(), kind)
         slot.put(Absent.of(slot.name, weight, weight.device))

@@ -46,7 +46,7 @@ def smallest_moves(replica: Replica) -> tuple[Floats, Floats]:
     """Return the smallest μ that moves each of a sample of weights, and how many each stands for.
 
     A weight of magnitude |w| in [2^e, 2^(e+1)) moves when μ·2^s exceeds half the distance to its
-    neighbour, ε·2^e / 2; zero moves at once.
+    neighbour, ε·2^e / 2; below the smallest normal number these distances are all alike.
     """
     pairs = list(_moves(replica))
     return np.concatenate([m for m, _ in pairs]), np.concatenate([c for _, c in pairs])
@@ -58,9 +58,9 @@ def _moves(replica: Replica) -> Iterator[tuple[Floats, Floats]]:
     for name, tensor in replica.weights():
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // SAMPLED)].float().abs().cpu().numpy()
-        half = torch.finfo(tensor.dtype).eps / 2
-        binade = np.where(sample > 0, np.floor(np.log2(np.maximum(sample, 1e-38))), -np.inf)
-        moves = half * np.exp2(binade) * 2.0 ** -exponents[name]
+        limits = torch.finfo(tensor.dtype)
+        binade = np.floor(np.log2(np.maximum(sample, limits.tiny)))
+        moves = limits.eps / 2 * np.exp2(binade) * 2.0 ** -exponents[name]
         yield moves.astype(np.float64), np.full(len(sample), len(flat) / len(sample))
 
 

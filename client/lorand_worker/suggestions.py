@@ -216,6 +216,10 @@ def suggest(config: RunConfig, readings: Readings, dtype: str, examples: int) ->
     batch, why = batch_size(config, noise, examples)
     settings["estimator"]["batch_size"] = batch
     reasons.append(f"batch_size: {why}")
+    if config.local.taken:
+        del settings["optimizer"]
+        reasons.append("learning_rate: none, since local steps have local.learning_rate for theirs")
+        return Suggestion(settings, reasons)
     rate, why = learning_rate(config, readings, noise, batch)
     settings["optimizer"]["learning_rate"] = rate
     reasons.append(f"learning_rate: {why}")

@@ -7,23 +7,25 @@ what an operator may change between restarts: addresses, limits and deadlines of
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lorand.codec import Codec, DeltaCodec, Rounding
 from lorand.coefficients import check_size, quanta
+from lorand.consistency import refusals
 from lorand.directions import Drawing, Draws, Family, Pool, pool_key
 from lorand.errors import ConfigError
 from lorand.manifest import Identity
 from lorand.schedules import REFINED_POINTS, Schedule
+from lorand.sections import ModelSection as ModelSection
+from lorand.sections import Quantisation as Quantisation
+from lorand.sections import Section
+from lorand.sections import TaskSection as TaskSection
 
 PROTOCOL_VERSION = 1
 
-Quantisation = Literal["none", "int8", "nf4"]
 EstimatorKind = Literal["spsa", "one-sided", "forward", "backprop"]
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -32,12 +34,24 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 ADDED_LATER: Final[dict[str, dict[str, object]]] = {
-    "model": {"quantisation": "none"},
+    "model": {
+        "quantisation": "none",
+        "adapter": "none",
+        "adapter_rank": 8,
+        "adapter_alpha": 0.0,
+        "adapter_targets": [],
+    },
+    "task": {
+        "template": "",
+        "label_words": [],
+        "prompt_column": "prompt",
+        "answer_column": "answer",
+    },
     "codec": {"rounding": "nearest"},
     "optimizer": {"warmup_rounds": 0, "spread_decay": 0.9, "clip_factor": 0.0, "refined": []},
     "estimator": {"max_batch_size": 0, "max_directions_per_round": 0},
     "rounds": {"aggregation": "mean"},
-    "directions": {"drawing": "uniform", "rotate_every": 0},
+    "directions": {"scale_rule": "head", "drawing": "uniform", "rotate_every": 0},
     "local": {
         "steps": 0,
         "epochs": 0,
@@ -51,11 +65,7 @@ ADDED_LATER: Final[dict[str, dict[str, object]]] = {
 """Settings that the first runs did not have: at these values they are not part of the identity."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
-
-
-class RunSection(_Section):
+class RunSection(Section):
     """Name and length of the run."""
 
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[\w.-]+$")]
@@ -63,36 +73,7 @@ class RunSection(_Section):
     adopt_first_worker: bool = False
 
 
-class ModelSection(_Section):
-    """The base model and which of its parameters are trained."""
-
-    name: str
-    revision: str = "main"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    quantisation: Quantisation = "none"
-    trainable: str = "all"
-    head: Literal["auto", "own", "pooled"] = "auto"
-    feature_scale: Positive = 10.0
-    max_length: Annotated[int, Field(ge=4, le=32768)] = 128
-
-
-class TaskSection(_Section):
-    """What is learned: single-label classification of a text."""
-
-    kind: Literal["classification"] = "classification"
-    labels: Annotated[tuple[str, ...], Field(min_length=2, max_length=10_000)]
-    text_column: str = "text"
-    label_column: str = "label"
-
-    @field_validator("labels")
-    @classmethod
-    def _distinct(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(labels)) != len(labels):
-            raise ValueError("every label is listed once")
-        return labels
-
-
-class DirectionsSection(_Section):
+class DirectionsSection(Section):
     """The seed pool, and who measures which of its directions."""
 
     family: Family = "hadamard"
@@ -100,6 +81,7 @@ class DirectionsSection(_Section):
     pool_index: Annotated[int, Field(ge=0, lt=2**32)] = 0
     mode: Literal["shared", "own"] = "shared"
     quantum_exponent: Annotated[int, Field(ge=8, le=48)] = 32
+    scale_rule: Literal["head", "size", "calibrated"] = "head"
     head_scale: float = 16.0
     drawing: Drawing = "uniform"
     rotate_every: Annotated[int, Field(ge=0, le=1_000_000)] = 0
@@ -118,7 +100,7 @@ class DirectionsSection(_Section):
         return scale
 
 
-class EstimatorSection(_Section):
+class EstimatorSection(Section):
     """How a worker measures; see `lorand_worker.estimators`."""
 
     kind: EstimatorKind
@@ -129,7 +111,7 @@ class EstimatorSection(_Section):
     max_directions_per_round: Annotated[int, Field(ge=0, le=2**20)] = 0
 
 
-class LocalSection(_Section):
+class LocalSection(Section):
     """Steps that a participant takes on its own data before it reports; see `local_steps`."""
 
     steps: Annotated[int, Field(ge=0, le=100_000)] = 0
@@ -137,7 +119,7 @@ class LocalSection(_Section):
     space: Literal["seeds", "weights"] = "seeds"
     optimizer: str = "SGD"
     learning_rate: Positive = 1e-3
-    options: dict[str, bool | int | float | tuple[float, ...]] = {}
+    options: dict[str, bool | int | float | tuple[float, ...]] = Field(default={})
     error_feedback: bool = True
 
     @property
@@ -146,7 +128,7 @@ class LocalSection(_Section):
         return self.steps > 0 or self.epochs > 0
 
 
-class CodecSection(_Section):
+class CodecSection(Section):
     """Codes up (contributions) and down (ΔA), and how workers round to them."""
 
     up: Codec = "int8"
@@ -154,7 +136,7 @@ class CodecSection(_Section):
     rounding: Rounding = "nearest"
 
 
-class OptimizerSection(_Section):
+class OptimizerSection(Section):
     """The coordinator's optimizer on the K numbers; see `lorand_coordinator.optimizer`."""
 
     kind: Literal["sgd", "adam"] = "sgd"
@@ -188,7 +170,7 @@ class OptimizerSection(_Section):
         return self
 
 
-class RoundsSection(_Section):
+class RoundsSection(Section):
     """When a round may start and commit."""
 
     quorum: Annotated[int, Field(ge=1, le=100_000)]
@@ -199,7 +181,7 @@ class RoundsSection(_Section):
     telemetry: Literal["loss", "none"] = "loss"
 
 
-class ServiceSection(_Section):
+class ServiceSection(Section):
     """Operation of the coordinator: not part of the run's identity."""
 
     address: str = "127.0.0.1:7700"
@@ -214,7 +196,7 @@ class ServiceSection(_Section):
     drain_s: Positive = 5.0
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One run. Build it with `load`, `parse` or `from_json`; all raise ConfigError."""
 
     run: RunSection
@@ -231,142 +213,10 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         """Refuse combinations that cannot work, with the way out."""
-        checks = (
-            self._measured_wrongly,
-            self._grown_wrongly,
-            self._taken_wrongly,
-            self._run_wrongly,
-        )
-        for holds, why in chain.from_iterable(check() for check in checks):
+        for holds, why in refusals(self):
             if holds:
                 raise ValueError(why)
         return self
-
-    def _measured_wrongly(self) -> Iterator[tuple[bool, str]]:
-        """What cannot be of directions, estimator and codec."""
-        estimator, directions = self.estimator, self.directions
-        perturbs = estimator.kind in ("spsa", "one-sided")
-        yield (
-            self.perturbation_quanta < 1 and perturbs,
-            "estimator.perturbation_scale is below the quantum 2^-quantum_exponent; "
-            "raise one of them",
-        )
-        yield (
-            self.num_directions > directions.pool_size,
-            "estimator.directions_per_round (times local.steps) is larger than "
-            "directions.pool_size",
-        )
-        yield (
-            estimator.kind == "backprop" and directions.mode == "own",
-            'estimator "backprop" reports the whole pool: set directions.mode = "shared"',
-        )
-        yield (
-            estimator.kind == "backprop" and directions.drawing != "uniform",
-            'estimator "backprop" reports the whole pool: set directions.drawing = "uniform"',
-        )
-        yield (
-            directions.family == "independent" and directions.pool_size > 4096,
-            'directions.family = "independent" costs K passes; use "hadamard" above 4096',
-        )
-        yield (
-            directions.rotate_every > 0
-            and (self.model.dtype != "float32" or self.model.quantisation != "none"),
-            "directions.rotate_every folds each pool into float32 weights: set model.dtype = "
-            '"float32" and model.quantisation = "none" (workers still pass in bfloat16 with '
-            "--precision)",
-        )
-        yield (
-            directions.rotate_every > 0 and directions.drawing != "uniform",
-            "weights of directions are learned on one pool: set directions.rotate_every = 0, or "
-            'directions.drawing = "uniform"',
-        )
-        yield (
-            self.codec.rounding == "unbiased" and self.codec.up == "sign",
-            'codec.up = "sign" keeps only signs, which cannot be unbiased: set '
-            'codec.rounding = "nearest", or codec.up = "int8" or "log8"',
-        )
-
-    def _grown_wrongly(self) -> Iterator[tuple[bool, str]]:
-        """What cannot be of batches and of numbers of directions that grow."""
-        estimator = self.estimator
-        yield (
-            0 < estimator.max_batch_size < estimator.batch_size,
-            "estimator.max_batch_size is below batch_size: raise it, or set it to 0 for batches "
-            "that stay as they are",
-        )
-        most = estimator.max_directions_per_round
-        yield (
-            0 < most < estimator.directions_per_round or most > self.directions.pool_size,
-            "estimator.max_directions_per_round must be directions_per_round to "
-            "directions.pool_size, or 0 for as many in each round",
-        )
-        yield (
-            most > 0 and estimator.kind == "backprop",
-            'estimator "backprop" measures all directions: set max_directions_per_round = 0',
-        )
-        yield (
-            (most > 0 or estimator.max_batch_size > 0)
-            and (
-                self.directions.mode == "own"
-                or self.local.taken
-                or self.codec.up == "sign"
-                or self.rounds.quorum < 2
-            ),
-            "estimator.max_batch_size and max_directions_per_round follow from how far "
-            'participants\' scalars are apart: that needs directions.mode = "shared", local.steps '
-            '= 0, rounds.quorum of 2 or more and a codec other than "sign"; or set both to 0',
-        )
-
-    def _taken_wrongly(self) -> Iterator[tuple[bool, str]]:
-        """What cannot be of local steps."""
-        local = self.local
-        backprop = self.estimator.kind == "backprop"
-        yield (
-            local.steps > 0 and local.epochs > 0,
-            "local.steps and local.epochs say the same in two ways: set one of them to 0",
-        )
-        yield (
-            local.epochs > 0 and not backprop,
-            "local.epochs is another number of steps for each participant, which directions "
-            'cannot be drawn for: set local.steps, or estimator.kind = "backprop"',
-        )
-        yield (
-            local.space == "weights" and not (backprop and local.taken),
-            'local.space = "weights" needs gradients and steps: set estimator.kind = "backprop" '
-            "and local.steps",
-        )
-        yield (
-            local.taken and self.codec.up == "log8",
-            'what local steps moved is reported with a scale of its own: set codec.up = "int8", '
-            '"sign" or "int32"',
-        )
-        yield (
-            local.taken and self.rounds.aggregation == "majority",
-            'rounds.aggregation = "majority" votes on scalars: set local.steps = 0, or '
-            'rounds.aggregation = "mean"',
-        )
-
-    def _run_wrongly(self) -> Iterator[tuple[bool, str]]:
-        """What cannot be of rounds, schedule and service."""
-        rounds, service = self.rounds, self.service
-        yield (
-            self.optimizer.warmup_rounds >= self.run.rounds,
-            f"optimizer.warmup_rounds = {self.optimizer.warmup_rounds} leaves nothing of "
-            f"{self.run.rounds} rounds; make it smaller",
-        )
-        yield (
-            rounds.aggregation == "majority" and self.directions.mode == "own",
-            'rounds.aggregation = "majority" votes on directions that all measured: set '
-            'directions.mode = "shared"',
-        )
-        yield (
-            0 < rounds.start_with < rounds.quorum,
-            "rounds.start_with must be 0 (= quorum) or at least rounds.quorum",
-        )
-        yield (
-            service.heartbeat_timeout_s < 2 * service.heartbeat_s,
-            "service.heartbeat_timeout_s must be at least twice heartbeat_s",
-        )
 
     @property
     def num_directions(self) -> int:

@@ -97,6 +97,11 @@ def serve(
             f"there is no {lock}; write it with `lr-worker prepare {run}`, "
             "or set run.adopt_first_worker = true"
         )
+    elif config.directions.scale_rule == "calibrated":
+        raise ConfigError(
+            f"there is no {lock} with calibrated scales (directions.scale_rule); write it with "
+            f"`lr-worker prepare {run} --calibrate DATA`"
+        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     path = ledger_path or Path(config.service.ledger or run.with_name(f"{config.run.name}.ledger"))
     store = SqliteStore(path)
@@ -194,7 +199,7 @@ def diagnose(
     json_output: Json = False,
 ) -> None:
     """Tell from a ledger's scalars why a run does not learn, and what to do."""
-    config, _, rounds = history.read(path)
+    config, rounds = history.read(path)
     recent = diagnostics.Recent(config, last)
     for part in deque(rounds, last):
         recent.add(part.scale_exponent, part.reports.values())
@@ -205,9 +210,9 @@ def diagnose(
 @app.command()
 def refine(path: LedgerInUse, json_output: Json = False) -> None:
     """Print a schedule refined from a run's scalars, as lines for the next run's file."""
-    config, draws, rounds = history.read(path)
+    config, rounds = history.read(path)
     norm = refinement.norm_for(config)
-    observed = refinement.norms(config, draws, rounds, norm)
+    observed = refinement.norms(config, rounds, norm)
     settings = {
         "schedule": "refined",
         "refined": refinement.points(refinement.refine(observed, norm)),

@@ -29,7 +29,8 @@ class Figures:
     """Sums over the scalars of one round, or of several.
 
     `signal` and `noise` are sums over `compared` directions that at least two participants
-    measured; `examples` is the number behind one mean scalar, summed over these directions.
+    measured; `freedom` and `examples` are the degrees of freedom of the noise and the examples
+    behind one mean scalar, summed over these directions.
     """
 
     scalars: int = 0
@@ -38,6 +39,7 @@ class Figures:
     signal: float = 0.0
     noise: float = 0.0
     compared: int = 0
+    freedom: int = 0
     examples: int = 0
     scale_exponent: int = 0
 
@@ -50,6 +52,7 @@ class Figures:
             self.signal + later.signal,
             self.noise + later.noise,
             self.compared + later.compared,
+            self.freedom + later.freedom,
             self.examples + later.examples,
             later.scale_exponent,
         )
@@ -58,13 +61,15 @@ class Figures:
     def signal_to_noise(self) -> tuple[float, float] | None:
         """Signal over noise and its standard error; None where nothing was compared.
 
-        A squared mean over its variance is a noncentral χ² of one degree of freedom, whose variance
-        is 2 + 4·ratio; the directions are taken as independent and the noise as known.
+        For D independent directions and noise of f degrees of freedom, with r the ratio:
+        error² = (2 + 4 r) / D + 2 (1 + r)² / f. The first part is the variance of a noncentral χ²
+        of one degree of freedom (a squared mean), the second that of the noise.
         """
         if not self.compared or self.noise <= 0:
             return None
         ratio = self.signal / self.noise
-        return ratio, sqrt((2 + 4 * max(ratio, 0.0)) / self.compared)
+        seen = max(ratio, 0.0)
+        return ratio, sqrt((2 + 4 * seen) / self.compared + 2 * (1 + seen) ** 2 / self.freedom)
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ def of_round(config: RunConfig, scale_exponent: int, reports: Sequence[Report]) 
             signal=float(np.sum(mean**2 - variance)),
             noise=float(np.sum(variance)),
             compared=len(mean),
+            freedom=len(mean) * (count - 1),
             examples=len(mean) * count * config.estimator.batch_size,
             scale_exponent=scale_exponent,
         )

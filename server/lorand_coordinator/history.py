@@ -8,6 +8,7 @@ from lorand import ledger
 from lorand.config import RunConfig
 from lorand.directions import Draws
 from lorand.errors import LedgerError
+from lorand.ledger import Position
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import show
 from lorand_coordinator.aggregation import Report, report
@@ -16,15 +17,16 @@ from lorand_coordinator.store import SqliteStore
 
 @dataclass(frozen=True)
 class Round:
-    """A committed round: what its participants reported, and the scale of their codes."""
+    """A committed round: what its participants reported, the scale of their codes, its draws."""
 
     round_index: int
+    draws: Draws
     scale_exponent: int
     reports: dict[int, Report]
 
 
-def read(path: Path) -> tuple[RunConfig, Draws, Iterator[Round]]:
-    """Return a run's config, its draws and its committed rounds in order.
+def read(path: Path) -> tuple[RunConfig, Iterator[Round]]:
+    """Return a run's config and its committed rounds in order.
 
     The ledger may be in use. Raises LedgerError when it is missing, damaged, or exported: an
     exported ledger has no contributions.
@@ -40,13 +42,15 @@ def read(path: Path) -> tuple[RunConfig, Draws, Iterator[Round]]:
         store.close()
         raise LedgerError(f"{path} has no entry yet; come back when a worker has joined")
     start = ledger.origin_of(first)
-    return start.config, start.draws, _rounds(start.config, store)
+    return start.config, _rounds(start, store)
 
 
-def _rounds(config: RunConfig, store: SqliteStore) -> Iterator[Round]:
+def _rounds(position: Position, store: SqliteStore) -> Iterator[Round]:
+    config = position.config
     try:
         for body in store.entries():
-            entry = ledger.parse(body)
+            entry, draws = ledger.parse(body), position.draws
+            position = ledger.apply(position, body)  # what is drawn may follow from what was moved
             if not entry.HasField("commit"):
                 continue
             parts = store.contributions(entry.sequence)
@@ -54,6 +58,6 @@ def _rounds(config: RunConfig, store: SqliteStore) -> Iterator[Round]:
             stored = [pb.StoredContribution.FromString(part) for part in parts]
             count = entry.commit.directions
             reports = {part.worker: report(config, part.contribution, count) for part in stored}
-            yield Round(entry.round_index, entry.commit.scale_exponent, reports)
+            yield Round(entry.round_index, draws, entry.commit.scale_exponent, reports)
     finally:
         store.close()

@@ -17,7 +17,6 @@ import numpy as np
 
 from lorand.codec import Floats
 from lorand.config import RunConfig
-from lorand.directions import Draws
 from lorand.errors import LedgerError
 from lorand.schedules import REFINED_POINTS, exact
 from lorand_coordinator.aggregation import aggregate
@@ -35,7 +34,7 @@ def norm_for(config: RunConfig) -> Norm:
     return "l1" if config.optimizer.kind == "adam" else "l2"
 
 
-def norms(config: RunConfig, draws: Draws, rounds: Iterable[Round], norm: Norm) -> Floats:
+def norms(config: RunConfig, rounds: Iterable[Round], norm: Norm) -> Floats:
     """Return the norm of each round's aggregated scalars, shape (T,), per direction.
 
     The mean magnitude or the root mean square: random ±1 directions scale either norm of the
@@ -44,7 +43,9 @@ def norms(config: RunConfig, draws: Draws, rounds: Iterable[Round], norm: Norm) 
     """
     found = []
     for part in rounds:
-        estimate = aggregate(config, draws, part.round_index, part.scale_exponent, part.reports)
+        estimate = aggregate(
+            config, part.draws, part.round_index, part.scale_exponent, part.reports
+        )
         values = estimate.values
         if config.estimator.kind == "one-sided" and len(values) > 1:
             values = values - values.mean()

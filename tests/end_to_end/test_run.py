@@ -318,6 +318,113 @@ def test_own_head_own_directions_and_the_first_workers_identity(
     assert model.config.id2label == dict(enumerate(tiny.LABELS))
 
 
+LANGUAGE: dict[str, dict[str, Any]] = {
+    "masked_model": {
+        "kind": "label-words",
+        "labels": list(tiny.LABELS),
+        "template": "it was {mask} , {text}",
+        "label_words": ["awful", "great"],
+    },
+    "causal_model": {"kind": "causal-lm", "prompt_column": "text", "answer_column": "label"},
+}
+
+
+@pytest.mark.parametrize("fixture", LANGUAGE)
+def test_language_models(make_room: MakeRoom, request: pytest.FixtureRequest, fixture: str) -> None:
+    """Label words and answers: the same bits, a posted score, and a model that transformers opens.
+
+    All weights are trained, a tied output layer among them, layer by layer or beside a copy.
+    """
+    import transformers
+
+    content = tiny.settings("spsa", run={"rounds": 4}, model={"trainable": "all"})
+    content["task"] = LANGUAGE[fixture]
+    room = make_room(content, model=request.getfixturevalue(fixture)).lock()
+    with room.coordinator() as (_, address):
+        kept = dict(zip(tiny.DOMAINS, ("copy", "layerwise", "auto"), strict=True))
+        workers = [room.join(address, name, "--weights", kept[name]) for name in kept]
+        results = [worker.result() for worker in workers]
+        data = ("--data", room.data["test"], "--model", room.model)
+        score = room.once("lr-worker", "evaluate", address, *data, "--threads", 1)
+    assert_same_bits(room, results)
+    assert score["examples"] == 60
+    into = (room.folder / "adapter", "--merged", "--model", room.model)
+    wrote = room.once("lr-worker", "export", room.export(), *into)
+    assert wrote["weights_digest"] == results[0]["weights_digest"]
+    merged = Path(wrote["merged"])
+    causal = fixture == "causal_model"
+    kind = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMaskedLM
+    model = kind.from_pretrained(merged)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    asked = json.loads((merged / "prompt.json").read_text())
+    assert asked["label_words"] == content["task"].get("label_words", [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "randlora"])
+def test_adapters_of_peft(make_room: MakeRoom, own_model: Path, kind: str) -> None:
+    """The same bits, and merged they are an ordinary classifier."""
+    import torch
+    import transformers
+
+    adapter_of = {"adapter": kind, "adapter_rank": 4}
+    content = tiny.settings("backprop", run={"rounds": 4}, model=adapter_of)
+    room = make_room(content, model=own_model).lock()
+    with room.coordinator() as (_, address):
+        kept = dict(zip(tiny.DOMAINS, ("copy", "layerwise", "auto"), strict=True))
+        workers = [room.join(address, name, "--weights", kept[name]) for name in kept]
+        results = [worker.result() for worker in workers]
+    assert_same_bits(room, results)
+    into = (room.folder / "adapter", "--merged", "--model", own_model)
+    wrote = room.once("lr-worker", "export", room.export(), *into)
+    assert wrote["weights_digest"] == results[0]["weights_digest"]
+    kinds = transformers.AutoModelForSequenceClassification
+    before, after = (kinds.from_pretrained(folder) for folder in (own_model, wrote["merged"]))
+    changed = {
+        name.rsplit(".", 3)[-2]
+        for name, tensor in after.named_parameters()
+        if not torch.equal(tensor, before.get_parameter(name))
+    }
+    assert changed == {"query", "key", "value", "dense"}
+
+
+def test_label_words_are_checked_when_a_run_is_prepared(
+    make_room: MakeRoom, masked_model: Path
+) -> None:
+    content = tiny.settings("spsa")
+    content["task"] = LANGUAGE["masked_model"] | {"label_words": ["awful", "bad-ish"]}
+    room = make_room(content, model=masked_model)
+    code, text = room.failure("lr-worker", "prepare", room.run, "--model", masked_model)
+    assert code == 4
+    assert "the label word 'bad-ish' is not one token at its place in task.template" in text
+    assert not (room.folder / "run.lock").exists()
+
+
+def test_calibrated_scales(make_room: MakeRoom) -> None:
+    """Measured once, where the run is prepared; workers take them from the run."""
+    content = tiny.settings("spsa", run={"rounds": 3}, directions={"scale_rule": "calibrated"})
+    room = make_room(content)
+    prepare = ("lr-worker", "prepare", room.run, "--model", room.model)
+    code, text = room.failure(*prepare)
+    assert code == 2
+    assert "give examples, --calibrate DATA" in text
+    code, text = room.failure("lr-coordinator", "serve", room.run)
+    assert code == 2
+    assert "there is no" in text
+    room.once(*prepare, "--calibrate", room.data["hotels"])
+    lock = json.loads((room.folder / "run.lock").read_text())
+    scales = {name: scale for name, _, _, scale in lock["manifest"]}
+    assert len(set(scales.values())) > 1
+    with room.coordinator() as (_, address):
+        workers = [room.join(address, name) for name in tiny.DOMAINS]
+        results = [worker.result() for worker in workers]
+    assert_same_bits(room, results)
+    room.run.write_text(tiny.to_toml(tiny.settings("spsa")), encoding="utf-8")
+    code, text = room.failure(*prepare, "--calibrate", room.data["hotels"])
+    assert code == 2
+    assert "set it in" in text
+
+
 def test_interrupted_and_terminated_it_leaves_cleanly_and_goes_on(make_room: MakeRoom) -> None:
     """Ctrl-C of a worker, SIGTERM of the coordinator, the same commands again."""
     room = make_room(tiny.settings("backprop", run={"rounds": 4}, rounds={"start_with": 2})).lock()

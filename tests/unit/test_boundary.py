@@ -19,6 +19,7 @@ from lorand_worker.boundary import Boundary
 from lorand_worker.cache import Limits
 from lorand_worker.data import Examples
 from lorand_worker.estimators import Order
+from lorand_worker.heads import PooledClassifier
 from lorand_worker.memory import Weights
 from lorand_worker.model import LoadedModel
 from lorand_worker.precision import Precision
@@ -326,7 +327,7 @@ def test_albert_is_refused() -> None:
         intermediate_size=16,
     )
     encoder = transformers.AlbertModel(config, add_pooling_layer=False)
-    module = model.PooledClassifier(encoder, 16, 2, 1.0).eval()
+    module = PooledClassifier(encoder, 16, 2, 1.0).eval()
     boundary = Boundary(module, {"head.weight"})
     assert boundary.depth == 1
     ids = torch.tensor([[1, 2, 3], [4, 5, 6]])

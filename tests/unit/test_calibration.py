@@ -169,6 +169,12 @@ def test_no_signal_and_no_curvature_keep_the_learning_rate() -> None:
     )
 
 
+def test_local_steps_have_a_learning_rate_of_their_own() -> None:
+    found = suggest(run_of(local={"steps": 5}), readings(), "float32", 100)
+    assert set(found.settings) == {"estimator"}
+    assert "local.learning_rate" in found.reasons[-1]
+
+
 # ------------------------------------------------------------- the command
 
 

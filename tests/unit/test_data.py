@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lorand.config import TaskSection
 from lorand.errors import DataError
-from lorand_worker.data import Examples, Sampler, load, missing_labels
+from lorand_worker.data import Examples, Pairs, Sampler, load, missing_labels
 
 TASK = TaskSection(labels=("bad", "good", "7"))
 
@@ -113,3 +113,40 @@ def test_batches_are_unpredictable_unless_a_source_is_given() -> None:
     first, again = (Sampler(100, 50, random.Random(1)).batch() for _ in range(2))
     assert first == again
     assert first != sorted(first)
+
+
+# ------------------------------------------------------------- prompts and answers
+
+ANSWERS = TaskSection(kind="causal-lm", prompt_column="question")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'question,answer\n"Why, then?",Because.\n2,4\n'),
+        ("a.tsv", "answer\tquestion\nBecause.\tWhy, then?\n4\t2\n"),
+        (
+            "a.jsonl",
+            '{"question": "Why, then?", "answer": "Because."}\n{"question": 2, "answer": 4}\n',
+        ),
+    ],
+)
+def test_pairs_in_all_formats(tmp_path: Path, name: str, content: str) -> None:
+    pairs = load(written(tmp_path, name, content), ANSWERS)
+    assert pairs == Pairs(("Why, then?", "2"), ("Because.", "4"))
+    assert len(pairs) == 2
+    assert missing_labels(pairs, ANSWERS) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("question,answer\nx,\n", "line 2: the answer is empty; remove the line"),
+        ("question,answer\n ,y\n", "line 2: the prompt is empty; remove the line"),
+        ("prompt,answer\nx,y\n", "set task.prompt_column and task.answer_column"),
+        ("question,answer\n", "holds no examples"),
+    ],
+)
+def test_pairs_that_cannot_be_used(tmp_path: Path, content: str, sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        load(written(tmp_path, "a.csv", content), ANSWERS)

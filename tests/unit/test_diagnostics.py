@@ -1,20 +1,26 @@
 """What a run's scalars tell: the figures against simulation, and the sentences."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tests.runs import IDENTITY, codes_of, config_of, contribution, hello
 from typer.testing import CliRunner
 
 from lorand import codec
 from lorand.config import RunConfig
 from lorand.errors import LedgerError
+from lorand.v1 import coordination_pb2 as wire
+from lorand.v1 import ledger_pb2 as pb
+from lorand.v1 import status_pb2 as status
 from lorand_coordinator import cli, diagnostics, show
 from lorand_coordinator.aggregation import Report
 from lorand_coordinator.diagnostics import Figures, Recent, findings, of_round
+from lorand_coordinator.hub import Hub
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.store import SqliteStore
 
@@ -40,9 +46,22 @@ def test_signal_to_noise_is_that_of_the_mean(workers: int, ratio: float) -> None
     found = recent.total.signal_to_noise
     assert found is not None
     estimate, error = found
-    assert error == pytest.approx(np.sqrt((2 + 4 * max(estimate, 0)) / 3840))
-    # With two participants the noise is known from one degree of freedom a direction.
-    assert estimate == pytest.approx(ratio, abs=5 * error)
+    assert estimate == pytest.approx(ratio, abs=3 * error)
+
+
+def test_the_standard_error_is_the_spread_of_the_ratio() -> None:
+    """Over 400 windows of 5 rounds."""
+    config, rng = wide("int32"), np.random.default_rng(8)
+    found = []
+    for _ in range(400):
+        recent = Recent(config, window=5)
+        for _ in range(5):
+            parts = rng.normal(0, 1.0, 64) + rng.normal(0, np.sqrt(2), (2, 64))
+            recent.add(-20, [Report(codec.encode("int32", part, -20)) for part in parts])
+        assert recent.total.signal_to_noise is not None
+        found.append(recent.total.signal_to_noise)
+    ratios, errors = np.array(found).T
+    assert np.mean(errors) == pytest.approx(np.std(ratios), rel=0.15)
 
 
 @pytest.mark.parametrize("changes", [{"directions": {"pool_size": 64, "mode": "own"}}, {}])
@@ -103,19 +122,23 @@ def test_only_the_last_rounds_count() -> None:
         ),
         (
             {},
-            Figures(scalars=99, signal=0.1, noise=9.0, compared=40, examples=1280),
+            Figures(scalars=99, signal=0.1, noise=9.0, compared=40, freedom=40, examples=1280),
             "noise",
             "raise estimator.batch_size",
         ),
         (
             {},
-            Figures(scalars=9999, signal=80.0, noise=100.0, compared=2000, examples=64000),
+            Figures(
+                scalars=9999, signal=80.0, noise=100.0, compared=2000, freedom=2000, examples=64000
+            ),
             "signal",
             "a round's 32 examples are below the critical batch of about 40",
         ),
         (
             {},
-            Figures(scalars=9999, signal=400.0, noise=100.0, compared=2000, examples=64000),
+            Figures(
+                scalars=9999, signal=400.0, noise=100.0, compared=2000, freedom=2000, examples=64000
+            ),
             "signal",
             "above the critical batch of about 8; more examples would change little",
         ),
@@ -146,10 +169,14 @@ def committed_run(path: Path, rounds: int, checkpoint_every: int = 50) -> Sequen
         worker, _ = sequencer.admit(hello(sequencer.position, name))
         sequencer.connect(worker, 0.0)
     for round_index in range(1, rounds + 1):
-        for worker in (1, 2):
-            message = contribution(config, round_index, seed=10 * round_index + worker)
-            sequencer.receive(worker, message, 0.0)
+        report_round(sequencer, round_index)
     return sequencer
+
+
+def report_round(sequencer: Sequencer, round_index: int) -> None:
+    for worker in (1, 2):
+        message = contribution(sequencer.config, round_index, seed=10 * round_index + worker)
+        sequencer.receive(worker, message, 0.0)
 
 
 @pytest.mark.parametrize("checkpoint_every", [50, 4])
@@ -181,3 +208,28 @@ def test_an_exported_ledger_has_no_scalars(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, ["diagnose", str(exported)])
     assert isinstance(result.exception, LedgerError)
     assert "give the coordinator's own ledger file" in str(result.exception)
+
+
+def test_the_log_says_it_once_a_window(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    hub = Hub(committed_run(tmp_path / "small.ledger", rounds=0), clock=lambda: 0.0)
+    zeros = np.zeros(hub.config.num_directions)
+    part = codec.pack("int8", codec.encode("int8", zeros, 0))
+    said = []
+    with caplog.at_level(logging.INFO, "lorand.coordinator"):
+        for round_index in range(1, 2 * diagnostics.WINDOW):
+            message = pb.Contribution(round_index=round_index, codes=part)
+            for worker in (1, 2):
+                request = wire.ParticipateRequest(contribution=message)
+                hub.deliver(hub.sequencer.receive(worker, request, 0.0))
+            if "100% of the scalars are zero" in caplog.text:
+                said.append(round_index)
+            caplog.clear()
+    hub.sequencer.store.close()
+    assert said == [1, 1 + diagnostics.WINDOW]
+
+
+def test_the_status_shows_findings() -> None:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(show.panel(status.GetStatusResponse(findings=["a finding: do this"])))
+    assert "a finding: do this" in capture.get()

@@ -13,7 +13,8 @@ from tests import tiny
 from lorand.config import ModelSection
 from lorand.errors import ConfigError, ModelError
 from lorand_worker import model
-from lorand_worker.model import LoadedModel, OwnClassifier, PooledClassifier
+from lorand_worker.heads import OwnClassifier, PooledClassifier
+from lorand_worker.model import LoadedModel
 
 
 def loaded(folder: Path, labels: int = 2, **changes: Any) -> LoadedModel:

@@ -3,6 +3,7 @@
 import json
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from lorand.errors import LedgerError
 from lorand.schedules import factor
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
-from lorand_coordinator import cli
-from lorand_coordinator.refinement import median_filter, norm_for, points, refine
+from lorand_coordinator import cli, optimizer
+from lorand_coordinator.aggregation import aggregate
+from lorand_coordinator.history import Round, read
+from lorand_coordinator.refinement import median_filter, norm_for, norms, points, refine
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.store import SqliteStore
 
@@ -75,9 +78,9 @@ def test_points_are_exact_as_text() -> None:
     assert json.loads(json.dumps(found)) == found
 
 
-def committed(path: Path, rounds: int) -> RunConfig:
+def committed(path: Path, rounds: int, **changes: dict[str, Any]) -> RunConfig:
     """A run whose scalars shrink to a quarter."""
-    config = config_of(run={"rounds": 60}, codec={"up": "log8"})
+    config = config_of(run={"rounds": 60}, codec={"up": "log8"}, **changes)
     sequencer = Sequencer(config, SqliteStore(path), IDENTITY)
     for name in ("a", "b"):
         assert sequencer.position is not None
@@ -119,6 +122,29 @@ def test_a_running_run_is_refined_with_a_remark(tmp_path: Path) -> None:
     assert "# from 30 of 60 rounds: of the rest of the run nothing is known yet" in result.output
     content = json.loads(CliRunner().invoke(cli.app, ["refine", str(path), "--json"]).output)
     assert (content["rounds"], content["norm"], content["schedule"]) == (30, "l2", "refined")
+
+
+@pytest.mark.parametrize("mode", ["shared", "own"])
+def test_weighted_draws_follow_what_was_moved(tmp_path: Path, mode: str) -> None:
+    """Which scalars stand at one direction, and what they weigh, depends on the rounds before."""
+    path = tmp_path / "small.ledger"
+    drawn = {"pool_size": 64, "mode": mode, "drawing": "weighted-unbiased"}
+    committed(path, rounds=30, directions=drawn)
+    config, rounds = read(path)
+    found = norms(config, rounds, "l2")
+    again, state = history_of(path), optimizer.start(config)
+    for part, norm in zip(again, found, strict=True):
+        estimate = aggregate(
+            config, part.draws, part.round_index, state.scale_exponent, part.reports
+        )
+        assert norm == pytest.approx(np.sqrt(np.mean(estimate.values**2)))
+        state, update = optimizer.advance(config, part.draws, state, part.round_index, part.reports)
+        assert len(update.codes) == len(estimate.values)
+    assert part.draws.activity is not None
+
+
+def history_of(path: Path) -> list[Round]:
+    return list(read(path)[1])
 
 
 def test_adam_goes_by_l1() -> None:

@@ -1,22 +1,31 @@
-"""The task of a run on one worker's examples: token ids, batches, loss and accuracy."""
+"""What every task shares: examples as token ids, batches in groups, losses and a score."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 import torch
 from torch import nn
 
+from lorand.errors import ModelError
 from lorand_worker.boundary import Boundary
 from lorand_worker.cache import Limits, TensorCache
-from lorand_worker.data import Examples
 from lorand_worker.grouping import groups, launch_tokens
+from lorand_worker.heads import Places
 from lorand_worker.model import LoadedModel
 from lorand_worker.precision import Precision, passes
+
+NEAR: Final = 4
+"""Some models keep so many of their positions, at most, for other things than a text's tokens."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """Result on a whole data set: share correct, mean cross-entropy in nats, examples."""
+    """Result on a whole data set: share correct, mean loss in nats, number of examples.
+
+    The share is of examples, or of answer tokens where answers are what is learned.
+    """
 
     accuracy: float
     loss: float
@@ -32,21 +41,42 @@ class Forward:
 
 
 @dataclass(frozen=True)
+class Targets:
+    """What the passes of a group are judged by.
+
+    `labels` are class indices or token ids, shape (targets,): one an example, unless `places` says
+    where in the group each target is predicted.
+    """
+
+    labels: torch.Tensor
+    places: Places | None = None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A group's losses in nats, shape (batch,); how many targets were hit, and of how many."""
+
+    losses: torch.Tensor
+    correct: torch.Tensor
+    targets: int
+
+
+@dataclass(frozen=True)
 class _Group:
     """Examples of similar length, padded, on the device: all that a forward pass needs.
 
-    `ids` and `mask` are (batch, length), `labels` (batch,), `hidden`, where layers are frozen, the
-    boundary's states, (batch, length, width).
+    `ids` and `mask` are (batch, length), `hidden`, where layers are frozen, the boundary's states,
+    (batch, length, width).
     """
 
     ids: torch.Tensor
     mask: torch.Tensor
-    labels: torch.Tensor
+    targets: Targets
     hidden: torch.Tensor | None
 
 
-class Classification:
-    """Single-label classification: cross-entropy of the head's logits.
+class Task(ABC):
+    """A loss on one worker's examples; a kind says what it predicts (`_targets`, `_judge`).
 
     What cannot change is computed once: token ids, the groups and padding of a batch for as long as
     it is measured, and an example's hidden states below the first trained layer. Those depend in
@@ -55,29 +85,30 @@ class Classification:
     take no room from those trained on.
     """
 
+    cut = 0
+    """Number of prompts that were too long for max_length and lost the end of their text."""
+
     def __init__(
         self,
         model: LoadedModel,
-        examples: Examples,
+        ids: Sequence[Sequence[int]],
         *,
         trainable: set[str],
-        max_length: int,
         device: torch.device | None = None,
         forward: Forward | None = None,
     ) -> None:
-        """Tokenise every example once; texts are cut at max_length tokens."""
+        """Take the token ids of every example. Raises ModelError for more than the model takes."""
         forward = forward or Forward()
         self._module = model.module
         self._device = device or torch.device("cpu")
         self._precision = forward.precision
         self._launch = launch_tokens(self._device, forward.precision)
-        encoded = model.tokenizer(list(examples.texts), truncation=True, max_length=max_length)
-        self._ids = [torch.tensor(ids) for ids in encoded["input_ids"]]
+        self._ids = [torch.tensor(row) for row in ids]
         self._pad = int(model.tokenizer.pad_token_id or 0)
-        self._labels = torch.tensor(examples.labels)
         self._cache = TensorCache(forward.limits)
-        self._measured: tuple[tuple[int, ...], list[_Group]] = ((), [])
+        self._measured: tuple[tuple[int, ...], list[list[int]], list[_Group]] = ((), [], [])
         self._scored: list[list[int]] = []
+        self._check_length()
         self._boundary = Boundary(model.module, trainable)
         with passes(self._precision, self._device):
             self._boundary.verify(*self._pad_ids(range(min(2, len(self)))))
@@ -86,43 +117,79 @@ class Classification:
         """Number of examples."""
         return len(self._ids)
 
-    def loss(self, batch: Sequence[int]) -> torch.Tensor:
-        """Return the mean cross-entropy of a batch of example indices, in nats.
+    @torch.no_grad()
+    def _check_length(self) -> None:
+        """Try the longest example where it is near the number of positions that the model has."""
+        configs: list[Any] = [getattr(part, "config", None) for part in self._module.modules()]
+        known = [getattr(config, "max_position_embeddings", None) for config in configs]
+        positions = min((n for n in known if isinstance(n, int)), default=None)
+        longest = max(range(len(self)), key=lambda i: len(self._ids[i]))
+        length = len(self._ids[longest])
+        if positions is None or length + NEAR < positions:
+            return
+        try:
+            with passes(self._precision, self._device):
+                self._module(*self._pad_ids([longest]))
+        except (IndexError, RuntimeError) as error:
+            raise ModelError(
+                f"example {longest + 1} has {length} tokens, more than this model has positions "
+                f"for ({positions}, some of them not for texts): set model.max_length in the run "
+                f"file to {positions - NEAR} or less"
+            ) from error
 
-        The last batch is kept as prepared: an estimator asks for its loss many times.
+    def loss(self, batch: Sequence[int]) -> torch.Tensor:
+        """Return the mean loss of a batch of example indices, in nats: that of `losses`."""
+        return self.losses(batch).mean()
+
+    def losses(self, batch: Sequence[int]) -> torch.Tensor:
+        """Return each example's loss, shape (batch,), float32, in nats, in the order of the batch.
+
+        The last batch is kept as prepared: an estimator asks for its losses many times.
         """
         key = tuple(batch)
         if self._measured[0] != key:
-            self._measured = (key, [self._prepare(group) for group in self._cut(key)])
-        prepared = self._measured[1]
+            cut = self._cut(key)
+            self._measured = (key, cut, [self._prepare(group) for group in cut])
+        _, cut, prepared = self._measured
         # One context for all groups: in it autocast casts a trained weight only once.
         with passes(self._precision, self._device):
             logits = [self._logits(group) for group in prepared]
-        losses = [
-            nn.functional.cross_entropy(row.float(), group.labels, reduction="sum")
+        judged = [
+            self._judge(row.float(), group.targets, len(group.ids)).losses
             for row, group in zip(logits, prepared, strict=True)
         ]
-        return torch.stack(losses).sum() / len(key)
+        place = {i: at for at, i in enumerate(i for group in cut for i in group)}
+        return torch.cat(judged)[[place[i] for i in key]]
 
     @torch.no_grad()
     def score(self) -> Score:
         """Return accuracy and loss over all examples."""
         self._scored = self._scored or self._cut(range(len(self)))
-        correct, total = 0, 0.0
+        correct, targets, total = 0, 0, 0.0
         for indices in self._scored:
             group = self._prepare(indices)
             with passes(self._precision, self._device):
                 logits = self._logits(group)
-            correct += int((logits.argmax(dim=-1) == group.labels).sum())
-            loss = nn.functional.cross_entropy(logits.float(), group.labels, reduction="sum")
-            total += float(loss)
-        return Score(correct / len(self), total / len(self), len(self))
+            judged = self._judge(logits.float(), group.targets, len(indices))
+            correct += int(judged.correct)
+            targets += judged.targets
+            total += float(judged.losses.sum())
+        return Score(correct / targets, total / len(self), len(self))
+
+    @abstractmethod
+    def _targets(self, batch: Sequence[int]) -> Targets:
+        """What examples are judged by, as the rows of one group, on the device."""
+
+    @abstractmethod
+    def _judge(self, logits: torch.Tensor, targets: Targets, count: int) -> Judged:
+        """Judge a group of `count` examples by logits, float32, (targets, classes or tokens)."""
 
     def _logits(self, group: _Group) -> torch.Tensor:
+        places = () if group.targets.places is None else (group.targets.places,)
         if group.hidden is None:
-            return torch.as_tensor(self._module(group.ids, group.mask))
+            return torch.as_tensor(self._module(group.ids, group.mask, *places))
         with self._boundary.resume(group.hidden):
-            return torch.as_tensor(self._module(group.ids, group.mask))
+            return torch.as_tensor(self._module(group.ids, group.mask, *places))
 
     def _cut(self, batch: Sequence[int]) -> list[list[int]]:
         """The batch in groups of similar length."""
@@ -131,8 +198,8 @@ class Classification:
 
     def _prepare(self, batch: Sequence[int]) -> _Group:
         ids, mask = self._pad_ids(batch)
-        labels = self._labels[list(batch)].to(self._device)
-        return _Group(ids, mask, labels, self._hidden(batch) if self._boundary.depth else None)
+        hidden = self._hidden(batch) if self._boundary.depth else None
+        return _Group(ids, mask, self._targets(batch), hidden)
 
     def _hidden(self, batch: Sequence[int]) -> torch.Tensor:
         """Return the boundary's hidden states, from the cache where it has them."""

@@ -1,0 +1,159 @@
+"""Which settings of a run cannot go together, with the way out."""
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lorand.config import RunConfig
+
+Refusals = Iterator[tuple[bool, str]]
+"""Whether something is wrong, and the sentence that says so."""
+
+
+def refusals(config: "RunConfig") -> Refusals:
+    """Yield every check of a run file whose sections are valid each by itself."""
+    return chain(_model(config), _measured(config), _grown(config), _taken(config), _run(config))
+
+
+def _model(config: "RunConfig") -> Refusals:
+    """Model and task."""
+    model, task = config.model, config.task
+    yield (
+        model.adapter == "randlora" and config.estimator.kind == "forward",
+        'model.adapter = "randlora" has no forward-mode derivative: set '
+        'estimator.kind = "spsa" or "backprop", or model.adapter = "lora"',
+    )
+    yield (
+        task.kind != "classification" and model.head != "auto",
+        f'model.head = "{model.head}" is a new head, which task.kind = "{task.kind}" does '
+        'without: set model.head = "auto"',
+    )
+
+
+def _measured(config: "RunConfig") -> Refusals:
+    """Directions, estimator and codec."""
+    estimator, directions = config.estimator, config.directions
+    perturbs = estimator.kind in ("spsa", "one-sided")
+    yield (
+        config.perturbation_quanta < 1 and perturbs,
+        "estimator.perturbation_scale is below the quantum 2^-quantum_exponent; raise one of them",
+    )
+    yield (
+        config.num_directions > directions.pool_size,
+        "estimator.directions_per_round (times local.steps) is larger than directions.pool_size",
+    )
+    yield (
+        estimator.kind == "backprop" and directions.mode == "own",
+        'estimator "backprop" reports the whole pool: set directions.mode = "shared"',
+    )
+    yield (
+        estimator.kind == "backprop" and directions.drawing != "uniform",
+        'estimator "backprop" reports the whole pool: set directions.drawing = "uniform"',
+    )
+    yield (
+        directions.family == "independent" and directions.pool_size > 4096,
+        'directions.family = "independent" costs K passes; use "hadamard" above 4096',
+    )
+    yield (
+        directions.rotate_every > 0
+        and (config.model.dtype != "float32" or config.model.quantisation != "none"),
+        "directions.rotate_every folds each pool into float32 weights: set model.dtype = "
+        '"float32" and model.quantisation = "none" (workers still pass in bfloat16 with '
+        "--precision)",
+    )
+    yield (
+        directions.rotate_every > 0 and directions.drawing != "uniform",
+        "weights of directions are learned on one pool: set directions.rotate_every = 0, or "
+        'directions.drawing = "uniform"',
+    )
+    yield (
+        config.codec.rounding == "unbiased" and config.codec.up == "sign",
+        'codec.up = "sign" keeps only signs, which cannot be unbiased: set '
+        'codec.rounding = "nearest", or codec.up = "int8" or "log8"',
+    )
+
+
+def _grown(config: "RunConfig") -> Refusals:
+    """Batches and of numbers of directions that grow."""
+    estimator = config.estimator
+    yield (
+        0 < estimator.max_batch_size < estimator.batch_size,
+        "estimator.max_batch_size is below batch_size: raise it, or set it to 0 for batches "
+        "that stay as they are",
+    )
+    most = estimator.max_directions_per_round
+    yield (
+        0 < most < estimator.directions_per_round or most > config.directions.pool_size,
+        "estimator.max_directions_per_round must be directions_per_round to "
+        "directions.pool_size, or 0 for as many in each round",
+    )
+    yield (
+        most > 0 and estimator.kind == "backprop",
+        'estimator "backprop" measures all directions: set max_directions_per_round = 0',
+    )
+    yield (
+        (most > 0 or estimator.max_batch_size > 0)
+        and (
+            config.directions.mode == "own"
+            or config.local.taken
+            or config.codec.up == "sign"
+            or config.rounds.quorum < 2
+        ),
+        "estimator.max_batch_size and max_directions_per_round follow from how far "
+        'participants\' scalars are apart: that needs directions.mode = "shared", local.steps '
+        '= 0, rounds.quorum of 2 or more and a codec other than "sign"; or set both to 0',
+    )
+
+
+def _taken(config: "RunConfig") -> Refusals:
+    """Local steps."""
+    local = config.local
+    backprop = config.estimator.kind == "backprop"
+    yield (
+        local.steps > 0 and local.epochs > 0,
+        "local.steps and local.epochs say the same in two ways: set one of them to 0",
+    )
+    yield (
+        local.epochs > 0 and not backprop,
+        "local.epochs is another number of steps for each participant, which directions "
+        'cannot be drawn for: set local.steps, or estimator.kind = "backprop"',
+    )
+    yield (
+        local.space == "weights" and not (backprop and local.taken),
+        'local.space = "weights" needs gradients and steps: set estimator.kind = "backprop" '
+        "and local.steps",
+    )
+    yield (
+        local.taken and config.codec.up == "log8",
+        'what local steps moved is reported with a scale of its own: set codec.up = "int8", '
+        '"sign" or "int32"',
+    )
+    yield (
+        local.taken and config.rounds.aggregation == "majority",
+        'rounds.aggregation = "majority" votes on scalars: set local.steps = 0, or '
+        'rounds.aggregation = "mean"',
+    )
+
+
+def _run(config: "RunConfig") -> Refusals:
+    """Rounds, schedule and service."""
+    rounds, service = config.rounds, config.service
+    yield (
+        config.optimizer.warmup_rounds >= config.run.rounds,
+        f"optimizer.warmup_rounds = {config.optimizer.warmup_rounds} leaves nothing of "
+        f"{config.run.rounds} rounds; make it smaller",
+    )
+    yield (
+        rounds.aggregation == "majority" and config.directions.mode == "own",
+        'rounds.aggregation = "majority" votes on directions that all measured: set '
+        'directions.mode = "shared"',
+    )
+    yield (
+        0 < rounds.start_with < rounds.quorum,
+        "rounds.start_with must be 0 (= quorum) or at least rounds.quorum",
+    )
+    yield (
+        service.heartbeat_timeout_s < 2 * service.heartbeat_s,
+        "service.heartbeat_timeout_s must be at least twice heartbeat_s",
+    )

@@ -1,0 +1,104 @@
+"""The sections of a run file that say what is learned: [model] and [task]."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+Quantisation = Literal["none", "int8", "nf4"]
+TaskKind = Literal["classification", "label-words", "causal-lm"]
+
+TEXT, MASK = "{text}", "{mask}"
+"""Placeholders of a template; every other character stands for itself, braces included."""
+PLAIN_TEMPLATE = TEXT + "\n"
+"""What an empty template of a causal-lm task means: the prompt, and the answer on the next line."""
+
+
+class Section(BaseModel):
+    """Settings: frozen, and none but those it names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelSection(Section):
+    """The base model and which of its parameters are trained."""
+
+    name: str
+    revision: str = "main"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantisation: Quantisation = "none"
+    trainable: str = "all"
+    adapter: Literal["none", "lora", "randlora"] = "none"
+    adapter_rank: Annotated[int, Field(ge=1, le=4096)] = 8
+    adapter_alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    adapter_targets: tuple[str, ...] = ()
+    head: Literal["auto", "own", "pooled"] = "auto"
+    feature_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    max_length: Annotated[int, Field(ge=4, le=32768)] = 128
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _starts_without_data(cls, adapter: object) -> object:
+        if adapter in ("lora-ga", "lora_ga", "eva", "corda"):
+            raise ValueError(
+                f'"{adapter}" starts from gradients or activations of data, which every machine '
+                'would have to have alike: use "lora", or train all weights with adapter = "none"'
+            )
+        return adapter
+
+
+class TaskSection(Section):
+    """What is learned: a text's label (classification, label-words), or answers (causal-lm)."""
+
+    kind: TaskKind = "classification"
+    labels: Annotated[tuple[str, ...], Field(max_length=10_000, validate_default=True)] = ()
+    text_column: str = "text"
+    label_column: str = "label"
+    template: str = ""
+    label_words: tuple[str, ...] = ()
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        kind = info.data.get("kind")
+        if kind == "causal-lm" and labels:
+            raise ValueError('task.kind = "causal-lm" has no labels: remove them')
+        if kind in ("classification", "label-words") and len(labels) < 2:
+            raise ValueError("at least 2 items are needed: list every label that the data has")
+        if len(set(labels)) != len(labels):
+            raise ValueError("every label is listed once")
+        return labels
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_needs(self) -> "TaskSection":
+        if self.kind == "classification" and (self.template or self.label_words):
+            raise ValueError(
+                'template and label_words are for kind = "label-words"; set it, or remove them'
+            )
+        if self.kind == "label-words":
+            if len(self.label_words) != len(self.labels):
+                raise ValueError(
+                    f"label_words lists {len(self.label_words)} words for {len(self.labels)} "
+                    "labels; give one word a label, in the same order"
+                )
+            if len({word.strip() for word in self.label_words} | {""}) <= len(self.labels):
+                raise ValueError("label_words must be distinct words, none of them empty")
+            self._check_template(
+                'e.g. "{text} It was {mask}." for a masked model, "{text}\\nSentiment:" for a '
+                "causal one"
+            )
+            if self.template.count(MASK) > 1:
+                raise ValueError(f"template has {MASK} more than once; one word is predicted")
+        if self.kind == "causal-lm":
+            if self.label_words:
+                raise ValueError('label_words are for kind = "label-words"; remove them')
+            if self.template:
+                self._check_template('e.g. "Question: {text}\\nAnswer:"; the answer follows it')
+            if MASK in self.template:
+                raise ValueError(f'template has {MASK}, which kind = "causal-lm" does not fill')
+        return self
+
+    def _check_template(self, example: str) -> None:
+        if self.template.count(TEXT) != 1:
+            raise ValueError(f"template must have {TEXT} exactly once, {example}")
