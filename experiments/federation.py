@@ -71,22 +71,14 @@ def run(
     report: Callable[[Point], None] = lambda point: None,
     forward: Forward | None = None,
     quick: bool = False,
-<<<<<<< HEAD
     draws_of_seed: bool = False,
+    theirs: Identity | None = None,
 ) -> list[Point]:
     """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches.
 
     `quick` measures losses by `experiments.quick`, in a fraction of the time. The seed also moves
     the draws of directions; with `draws_of_seed` nothing else does, so that two settings are
-    compared on the same ones.
-=======
-    theirs: Identity | None = None,
-) -> list[Point]:
-    """Run all rounds and return the scores at `evaluate_at`; `seed` fixes the batches.
-
-    `theirs` holds the direction scales of a calibrated run.
-    `quick` measures losses by `experiments.quick`: for estimators by forward passes alone.
->>>>>>> main
+    compared on the same ones. `theirs` holds the direction scales of a calibrated run.
     """
     kind = config.task.kind
     loaded = model.load(config.model, len(config.task.labels), source or minilm(), kind=kind)
