@@ -50,7 +50,7 @@ class Method:
     rounds: int
     changes: Settings | None = None
     batch: int = 0
-    target: str = ""
+    quick: bool = True
 
 
 def local(rounds: int, up: str, size: int, **steps: int) -> Settings:
@@ -65,22 +65,20 @@ def local(rounds: int, up: str, size: int, **steps: int) -> Settings:
     }
 
 
-RATES = (3e-4, 1e-3, 3e-3)
-LOW = (1e-4, 3e-4, 1e-3)
+LORA: Settings = {"model": {"adapter": "lora", "adapter_rank": 4}}
 METHODS: dict[str, dict[str, Method]] = {
     "uci": {
         "fedavg": Method((1e-4, 3e-4, 1e-3), 5),
-        "local steps, 1 bit": Method(LOW, 10, local(10, "sign", 4096, epochs=1)),
-        "local steps, 1 bit, K = 65,536": Method(LOW, 5, local(5, "sign", 65536, epochs=1)),
-        "no local steps, 1 bit": Method(
-            RATES, 15, {"run": {"rounds": 15}, "directions": {"pool_size": 4096}}
+        "local steps, 1 bit": Method((1e-4, 3e-4, 1e-3), 5, local(5, "sign", 4096, epochs=1)),
+        "local steps on LoRA, 1 bit": Method(
+            (3e-5, 1e-4, 3e-4), 8, {**local(8, "sign", 8192, epochs=1), **LORA}, quick=False
         ),
     },
     "banking77": {
         "adam": Method((3e-4, 1e-3), 120, batch=6),
         "no local steps, 1 bit": Method((1e-3, 3e-3), 120, {"run": {"rounds": 120}}, batch=6),
-        "fedavg": Method((3e-4, 1e-3), 5),
-        "local steps, 1 bit": Method((1e-3, 3e-3), 5, local(5, "sign", 65536, epochs=1)),
+        "fedavg": Method((3e-4, 1e-3), 4),
+        "local steps, 1 bit": Method((1e-3, 3e-3), 4, local(4, "sign", 65536, epochs=1)),
     },
 }
 
@@ -144,7 +142,7 @@ def points(name: str, row: str, rate: float, seed: int, held_out: bool) -> list[
                 scored,
                 seed=seed % 100,
                 evaluate_at=marks(method.rounds),
-                quick=True,
+                quick=method.quick,
             )
         section = config_of(task, Method((), 1, {}), 1.0).model
         peer = (

@@ -207,6 +207,7 @@ class Room:
         self.run.write_text(tiny.to_toml(content), encoding="utf-8")
         self.config = RunConfig.parse(self.run.read_text(encoding="utf-8"))
         self.ledger = folder / f"{self.config.run.name}.ledger"
+        self.state = folder / "state"
 
     def lock(self) -> Self:
         """Write run.lock as `lr-worker prepare` does, without its start-up."""
@@ -252,6 +253,7 @@ class Room:
         return (
             *("join", address, "--data", str(self.data[data or name]), "--name", name, "--json"),
             *("--model", str(self.model), "--device", "cpu", "--threads", "1"),
+            *("--state", str(self.state)),
         )
 
     def export(self) -> Path:

@@ -48,7 +48,8 @@ def contribution(
 ) -> wire.ParticipateRequest:
     """A contribution as a worker sends it."""
     packed = codec.pack(config.codec.up, codes_of(config, seed))
-    message = pb.Contribution(round_index=round_index, codes=packed, examples=examples)
+    scale = (1000 + seed) * config.local.taken
+    message = pb.Contribution(round_index=round_index, codes=packed, examples=examples, scale=scale)
     if loss is not None:
         message.loss = loss
     return wire.ParticipateRequest(contribution=message)

@@ -197,9 +197,15 @@ def to_toml(content: Settings) -> str:
     """Return sections of plain values as TOML."""
     lines = []
     for section, values in content.items():
-        # JSON's strings, numbers, booleans and lists of strings are TOML's as well.
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(v)}" for key, v in values.items()), ""]
+        lines += [f"[{section}]", *(f"{key} = {_value(v)}" for key, v in values.items()), ""]
     return "\n".join(lines)
+
+
+def _value(value: Any) -> str:
+    """JSON's strings, numbers, booleans and lists of strings are TOML's as well; tables are not."""
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    return "{" + ", ".join(f"{name} = {_value(part)}" for name, part in value.items()) + "}"
 
 
 def config(kind: EstimatorKind, **changes: dict[str, Any]) -> RunConfig:

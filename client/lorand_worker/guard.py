@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from lorand.coefficients import check_size
-from lorand.config import RunConfig
+from lorand.config import LocalSection, RunConfig
 from lorand.errors import ConfigError, DataError, HandshakeError
 from lorand.manifest import Identity
 
@@ -40,6 +40,12 @@ def check(config: RunConfig, policy: Policy) -> None:
         raise HandshakeError(
             f"this worker takes part only in runs with a seed pool of {policy.seed_pool}, the run "
             f"{config.run.name!r} has {size}; join with `--seed-pool {size}` if that is right"
+        )
+    if policy.seed_pool is not None and config.directions.rotate_every:
+        raise HandshakeError(
+            f"this worker takes part only in runs with one seed pool, the run {config.run.name!r} "
+            f"moves to another every {config.directions.rotate_every} rounds; join without "
+            "--seed-pool if that is right"
         )
     most = max(config.estimator.batch_size, config.estimator.max_batch_size)
     if most > policy.max_batch_size:
@@ -88,15 +94,25 @@ def check_identity(ours: Identity, theirs: Identity) -> None:
 def disclosure(config: RunConfig) -> list[str]:
     """Return, as sentences, what leaves this machine in this run."""
     count = config.num_directions
+    codes = f"{count:,} {config.codec.up} code{'s' * (count != 1)}"
     lines = [
-        f"A round sends {count:,} {config.codec.up} code{'s' * (count != 1)}: how the loss on one "
-        "batch changes along public random directions."
+        f"A round sends {codes}: how the loss on one batch changes along public random directions."
     ]
+    if config.local.taken:
+        lines = [
+            f"A round sends {codes} and their scale: where {_steps(config.local)} on the data here "
+            "led, along public random directions."
+        ]
     also = []
     if config.rounds.telemetry == "loss":
-        also.append("the mean loss of the batch")
+        also.append(f"the mean loss of the batch{'es' * config.local.taken}")
     if config.rounds.weighting == "examples":
         also.append("the number of local examples")
     lines.append(f"With it goes {' and '.join(also)}." if also else "Nothing else goes with it.")
     lines.append("Texts, labels, weights and gradients stay here. This run adds no privacy noise.")
     return lines
+
+
+def _steps(local: LocalSection) -> str:
+    many, word = (local.steps, "step") if local.steps else (local.epochs, "epoch")
+    return f"{many:,} {word}{'s' * (many != 1)}"

@@ -10,7 +10,7 @@ its mean over participants for a gradient (Reddi et al., Adaptive Federated Opti
 2021).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from math import ceil, sqrt
 from typing import Any, Protocol
@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from lorand import schedules
-from lorand.coefficients import add
+from lorand.codec import Floats
+from lorand.coefficients import MOVE_LIMIT, add
 from lorand.config import LocalSection, RunConfig
 from lorand.errors import ConfigError
 from lorand.kernels import zero_sums
@@ -54,9 +55,9 @@ class Standing:
 class SeedSteps:
     """Steps of a torch optimizer on the coefficients of the directions that are measured.
 
-    It is given the coefficients times √count, so that its learning rate is in units of an unscaled
-    weight: with Adam the root mean square by which a step moves one, with SGD w −= rate · gradient
-    estimate. Its state lives for one round.
+    It is given the coefficients times √m, m directions being measured by a step, so that its
+    learning rate is in units of an unscaled weight: with Adam the root mean square by which the
+    first step moves one, with SGD w −= rate · gradient estimate. Its state lives for one round.
     """
 
     def __init__(self, config: RunConfig, replica: Replica, estimator: Estimator) -> None:
@@ -68,12 +69,13 @@ class SeedSteps:
         """See Work."""
         start, count = self._replica.coefficients, len(order.indices)
         factors = np.ones(count) if order.factors is None else order.factors
-        root = sqrt(count)
+        parts = self._parts(count, examples)
+        root = sqrt(parts[0].stop)
         place = nn.Parameter(torch.zeros(count, dtype=torch.float64))
         optimizer = _optimizer(self._config.local, [place], rate(self._config, order.committed))
         losses = []
         try:
-            for part in self._parts(count, examples):
+            for part in parts:
                 measured = self._estimator.measure(loss, batches(), order.indices[part])
                 losses.append(measured.loss)
                 gradient = np.zeros(count)
@@ -81,16 +83,14 @@ class SeedSteps:
                 gradient *= root / len(measured.values)
                 place.grad = torch.from_numpy(gradient)
                 optimizer.step()
-                moved = place.detach().numpy() / root
-                if not np.isfinite(moved).all():
-                    raise NonFiniteLoss("a local step is not finite")
+                moved = _not_too_far(place.detach().numpy() / root)
                 quanta = np.rint(moved * 2.0**self._config.directions.quantum_exponent)
                 self._replica.set(add(start, order.indices, quanta.astype(np.int64)))
         finally:
             self._replica.set(start)
         return Measurement(-moved, float(np.mean(losses)))
 
-    def _parts(self, count: int, examples: int) -> Iterable[slice]:
+    def _parts(self, count: int, examples: int) -> list[slice]:
         """Which of the directions each step measures."""
         if self._config.estimator.kind == "backprop":
             return [slice(0, count)] * steps(self._config, examples)
@@ -118,7 +118,8 @@ class WeightSteps:
         self._inverse = {t.name: 4.0**-t.scale_exponent for t in replica.manifest.tensors}
         for tensor in replica.parameters.values():
             tensor.requires_grad_(True)
-        check(config)
+        for dimensions in sorted({tensor.ndim for tensor in replica.parameters.values()}):
+            try_out(config.local, torch.zeros([4] * dimensions))
 
     def do(self, loss: Loss, batches: Batches, order: Order, examples: int) -> Measurement:
         """See Work."""
@@ -134,15 +135,24 @@ class WeightSteps:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             sums = zero_sums(self._replica.pool.size, weights[0].device)
-            for name, moved in self._replica.drift():
-                self._replica.project(name, moved * self._inverse[name], sums)
+            for name, drift in self._replica.drift():
+                self._replica.project(name, drift * self._inverse[name], sums)
         finally:
             optimizer.zero_grad(set_to_none=True)
             self._replica.disturbed()
-        values = self._replica.scalars(sums)[order.indices] / -self._replica.pool.size
-        if not np.isfinite(values).all():
-            raise NonFiniteLoss("a local step is not finite")
-        return Measurement(values, float(np.mean(losses)))
+        moved = _not_too_far(self._replica.scalars(sums)[order.indices] / self._replica.pool.size)
+        return Measurement(-moved, float(np.mean(losses)))
+
+
+def _not_too_far(moved: Floats) -> Floats:
+    """Return where steps led. Raises NonFiniteLoss where no contribution can say it."""
+    far = float(np.abs(moved).sum())
+    if not far <= MOVE_LIMIT:
+        raise NonFiniteLoss(
+            f"local steps moved weights by up to {far:.3g}, the limit is {MOVE_LIMIT}; a lower "
+            "local.learning_rate may help"
+        )
+    return moved
 
 
 def steps(config: RunConfig, examples: int) -> int:

@@ -3,7 +3,7 @@
 The gRPC session and the simulator drive the same object.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,12 +13,13 @@ from lorand import codec, ledger
 from lorand.codec import Codes, Floats
 from lorand.coefficients import Coefficients
 from lorand.config import RunConfig
-from lorand.errors import LorandError
+from lorand.directions import Indices
+from lorand.errors import ContributionError, LorandError
 from lorand.ledger import Position
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand_worker.estimators import Measurement, NonFiniteLoss, Order
-from lorand_worker.feedback import Memory
+from lorand_worker.feedback import Awaited, Memory
 
 Request = wire.ParticipateRequest
 
@@ -75,7 +76,9 @@ def encode(
     wanted = -values * 2.0**config.directions.quantum_exponent + feedback
     assert config.codec.up != "log8", "the run file refuses it"
     scale, codes = codec.quantise_delta(config.codec.up, wanted, uniform)
-    return Coded(codes, scale, wanted - codec.delta(scale, codes))
+    moved = codec.delta(scale, codes)
+    codec.check_move(moved, config.directions.quantum_exponent)
+    return Coded(codes, scale, wanted - moved)
 
 
 class Participant:
@@ -101,36 +104,62 @@ class Participant:
         self.last_loss: float | None = None
         self._bench = bench
         self._adopted: Coefficients | None = None
-        self._answer: tuple[int, int, Request] | None = None
+        self._answer: tuple[tuple[int, int, int | None], Request] | None = None
+        awaited = self._memory.awaited
+        if awaited is not None:
+            place = (awaited.contribution.round_index, awaited.committed, awaited.worker)
+            self._answer = (place, Request(contribution=awaited.contribution))
 
     def catch_up(self, position: Position) -> None:
         """Jump to a later position of the same run (a checkpoint)."""
         assert position.run_digest == self.position.run_digest
         self.position = position
+        self._memory.move_to(len(position.closed))
+
+    @property
+    def awaited_from(self) -> int | None:
+        """The sequence from which the ledger says what became of the last contribution."""
+        awaited = self._memory.awaited
+        return None if awaited is None else awaited.sequence
+
+    def look_up(self, bodies: Iterable[bytes]) -> None:
+        """Read what became of the last contribution, from entries that a jump leaves out."""
+        awaited = self._memory.awaited
+        if awaited is None:
+            return
+        for body in bodies:
+            entry = ledger.parse(body)
+            if entry.HasField("commit"):
+                self._memory.committed(entry.round_index, entry.commit.workers)
+            ended = entry.HasField("commit") or entry.HasField("abandon")
+            if ended and entry.round_index >= awaited.contribution.round_index:
+                return
 
     def on_entry(self, body: bytes) -> pb.Entry:
         """Apply a durable entry. Raises LedgerError when it does not follow."""
-        entry, before = ledger.parse(body), self.position
+        entry = ledger.parse(body)
         self.position = ledger.apply(self.position, body)
         if entry.HasField("commit") and self.worker in entry.commit.workers:
             self.counts.committed += 1
         if entry.HasField("commit"):
             self._memory.committed(entry.round_index, entry.commit.workers)
-        if len(self.position.closed) != len(before.closed):
-            self._memory.clear()
+        self._memory.move_to(len(self.position.closed))
+        if entry.HasField("finish"):
+            self._memory.end()
         return entry
 
     def on_round_start(self, start: wire.RoundStart) -> Request:
         """Measure and return the contribution, or a skip with the reason.
 
-        Asked again for the same round at the same place of the history (the coordinator or the
-        connection came back), it repeats its answer instead of measuring anew.
+        Asked again for the same round at the same place of the history (the coordinator, the
+        connection or this worker with its memory came back), it repeats its answer instead of
+        measuring anew.
         """
-        place = (start.round_index, self.position.committed)
-        if self._answer is not None and self._answer[:2] == place:
-            return self._answer[2]
+        place = (start.round_index, self.position.committed, self.worker)
+        if self._answer is not None and self._answer[0] == place:
+            return self._answer[1]
         answer = self._measure(start)
-        self._answer = (*place, answer)
+        self._answer = (place, answer)
         return answer
 
     def settle(self) -> None:
@@ -153,19 +182,12 @@ class Participant:
         order = Order(indices, factors, self.position.committed, batch_size)
         try:
             measured = self._bench.measure(order)
-        except NonFiniteLoss as error:
+            coded = self._encode(measured, indices, start.scale_exponent)
+        except (NonFiniteLoss, ContributionError) as error:
             self.counts.skipped += 1
             skip = wire.Skip(round_index=start.round_index, reason=str(error))
             return Request(skip=skip)
-        assert measured.values.shape == indices.shape
-        assert np.isfinite(measured.values).all()
         self.last_loss = measured.loss
-        uniform = self._uniform(len(indices)) if config.codec.rounding == "unbiased" else None
-        coded = encode(
-            config, measured.values, start.scale_exponent, self._memory.feedback[indices], uniform
-        )
-        if config.keeps_feedback:
-            self._memory.await_commit(start.round_index, self.worker, indices, coded.lost)
         contribution = pb.Contribution(
             round_index=start.round_index,
             codes=codec.pack(config.codec.up, coded.codes),
@@ -175,5 +197,20 @@ class Participant:
             contribution.loss = measured.loss
         if config.rounds.weighting == "examples":
             contribution.examples = self._bench.examples
+        if config.keeps_feedback:
+            after = self._memory.with_lost(indices, coded.lost)
+            committed, sequence = self.position.committed, self.position.next_sequence
+            self._memory.await_commit(
+                Awaited(contribution, self.worker, committed, sequence, after)
+            )
         self.counts.measured += 1
         return Request(contribution=contribution)
+
+    def _encode(self, measured: Measurement, indices: Indices, scale_exponent: int) -> Coded:
+        assert measured.values.shape == indices.shape
+        assert np.isfinite(measured.values).all()
+        config = self.position.config
+        uniform = self._uniform(len(indices)) if config.codec.rounding == "unbiased" else None
+        return encode(
+            config, measured.values, scale_exponent, self._memory.feedback[indices], uniform
+        )

@@ -87,9 +87,15 @@ class Session:
 
     def _catch_up(self) -> None:
         """From a checkpoint where that is nearer, then entry by entry."""
-        self.participant.catch_up(self.link.from_checkpoint(self.participant.position))
-        for body in self.link.entries(self.participant.position.next_sequence):
-            self.participant.on_entry(body)
+        participant = self.participant
+        later = self.link.from_checkpoint(participant.position)
+        awaited = participant.awaited_from
+        leaps = later is not participant.position
+        if leaps and awaited is not None and awaited < later.next_sequence:
+            participant.look_up(self.link.entries(awaited))
+        participant.catch_up(later)
+        for body in self.link.entries(participant.position.next_sequence):
+            participant.on_entry(body)
 
     def _has_ledger(self) -> bool:
         """Whether the run has begun: its identity may still wait for the first worker."""

@@ -1,7 +1,7 @@
 """The kilobyte adapter: coefficients and what they refer to; enough to rebuild all weights."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from lorand.closed import Closed, Sparse, narrow
 from lorand.coefficients import Coefficients
 from lorand.config import RunConfig
 from lorand.errors import ModelError
-from lorand.ledger import Position, Sparse
+from lorand.ledger import Position
 from lorand.manifest import Identity
 
 WEIGHTS_FILE: Final = "adapter.safetensors"
@@ -30,7 +31,7 @@ class Adapter:
     coefficients: Coefficients
     committed: int
     head: bytes
-    closed: tuple[Sparse, ...] = ()
+    closed: Closed = field(default_factory=Closed)
     """What the run did on the pools before (`directions.rotate_every`)."""
 
 
@@ -51,8 +52,6 @@ def save(adapter: Adapter, folder: Path) -> int:
 
     Coefficients are 32-bit where they fit (16 KB at K = 4096), else 64-bit.
     """
-    fits = bool(np.all(np.abs(adapter.coefficients) < 2**31))
-    packed = adapter.coefficients.astype(np.int32 if fits else np.int64)
     content: dict[str, Any] = {
         "format": FORMAT,
         "base_model": adapter.config.model.name,
@@ -66,7 +65,7 @@ def save(adapter: Adapter, folder: Path) -> int:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"coefficients": packed, **_pack_closed(adapter.closed)}
+        tensors = {"coefficients": narrow(adapter.coefficients), **_pack_closed(adapter.closed)}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": FORMAT})
         (folder / CONFIG_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -86,13 +85,18 @@ def load(folder: Path) -> Adapter:
         identity = Identity.from_lock(json.dumps(content["identity"]))
         if packed.shape != (config.directions.pool_size,) or packed.dtype.kind != "i":
             raise ModelError(f"the coefficients in {folder} do not fit their pool")
+        committed, closed = int(content["committed"]), _unpack_closed(tensors)
+        if len(closed) != config.pool_after(committed):
+            raise ValueError(f"{committed} rounds do not leave {len(closed)} pools")
+        for pool in closed:
+            pool.dense(config.directions.pool_size)
         return Adapter(
             config,
             identity,
             packed.astype(np.int64),
-            int(content["committed"]),
+            committed,
             bytes.fromhex(content["ledger_head"]),
-            _unpack_closed(tensors, config.directions.pool_size),
+            closed,
         )
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ModelError(
@@ -100,25 +104,27 @@ def load(folder: Path) -> Adapter:
         ) from error
 
 
-def _pack_closed(closed: tuple[Sparse, ...]) -> dict[str, NDArray[Any]]:
+def _pack_closed(closed: Closed) -> dict[str, NDArray[Any]]:
     """Coefficients of all closed pools after one another, and how many each has."""
-    if not closed:
+    if not len(closed):
         return {}
-    values = np.concatenate([pool.values for pool in closed])
-    fits = bool(np.all(np.abs(values) < 2**31))
     return {
         "closed_counts": np.array([len(pool.values) for pool in closed], np.int32),
-        "closed_indices": np.concatenate([pool.indices for pool in closed]).astype(np.int32),
-        "closed_values": values.astype(np.int32 if fits else np.int64),
+        "closed_indices": np.concatenate([pool.indices for pool in closed]),
+        "closed_values": np.concatenate([pool.values for pool in closed]),
     }
 
 
-def _unpack_closed(tensors: dict[str, NDArray[Any]], size: int) -> tuple[Sparse, ...]:
+def _unpack_closed(tensors: dict[str, NDArray[Any]]) -> Closed:
     if "closed_counts" not in tensors:
-        return ()
-    ends = np.cumsum(tensors["closed_counts"])[:-1]
-    indices = tensors["closed_indices"].astype(np.int64)
-    if indices.size and not 0 <= indices.min() <= indices.max() < size:
-        raise ValueError("an index of a closed pool is outside of it")
-    parts = np.split(indices, ends), np.split(tensors["closed_values"].astype(np.int64), ends)
-    return tuple(Sparse(i, v) for i, v in zip(*parts, strict=True))
+        return Closed()
+    counts, indices, values = (
+        tensors[f"closed_{name}"] for name in ("counts", "indices", "values")
+    )
+    if not counts.dtype.kind == indices.dtype.kind == values.dtype.kind == "i":
+        raise ValueError("closed pools are integers")
+    if not len(indices) == len(values) == counts.sum() or counts.min(initial=0) < 0:
+        raise ValueError("closed pools do not add up")
+    ends = np.cumsum(counts)[:-1]
+    parts = np.split(indices.astype(np.int32), ends), np.split(values.astype(np.int64), ends)
+    return Closed(Sparse(i, narrow(v)) for i, v in zip(*parts, strict=True))

@@ -14,7 +14,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lorand.coefficients import MAGNITUDE_LIMIT, Coefficients
+from lorand.coefficients import MAGNITUDE_LIMIT, MOVE_LIMIT, Coefficients, total_magnitude
 from lorand.errors import ContributionError
 
 Codec = Literal["int8", "log8", "sign", "int32"]
@@ -197,3 +197,13 @@ def delta(scale: int, codes: Codes) -> Coefficients:
             "lower the learning rate or quantum_exponent"
         )
     return codes * np.int64(scale)
+
+
+def check_move(change: Coefficients, quantum_exponent: int) -> None:
+    """Raise ContributionError when local steps of `change` quanta led further than MOVE_LIMIT."""
+    moved = total_magnitude(change)
+    if moved > MOVE_LIMIT << quantum_exponent:
+        raise ContributionError(
+            f"local steps moved weights by up to {moved * 2.0**-quantum_exponent:.3g}, the limit "
+            f"is {MOVE_LIMIT}; lower local.learning_rate"
+        )

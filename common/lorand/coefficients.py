@@ -18,6 +18,11 @@ MIN_LOG2_SIZE: Final = 6
 MAX_LOG2_SIZE: Final = 20
 MAGNITUDE_LIMIT: Final = 1 << 62
 """Σ|A| stays below this, so no partial sum of the transform can leave int64."""
+MOVE_LIMIT: Final = 1024
+"""How far one participant's local steps may move an unscaled weight in a round: u · Σ|ΔA|.
+
+Far above any step that learns, and so far below the other limit that no participant can reach it.
+"""
 
 
 def zeros(size: int) -> Coefficients:

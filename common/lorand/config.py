@@ -7,8 +7,9 @@ what an operator may change between restarts: addresses, limits and deadlines of
 import hashlib
 import json
 import tomllib
+from math import isfinite
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -121,6 +122,15 @@ class LocalSection(Section):
     learning_rate: Positive = 1e-3
     options: dict[str, bool | int | float | tuple[float, ...]] = Field(default={})
     error_feedback: bool = True
+
+    @field_validator("options")
+    @classmethod
+    def _finite(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name, value in options.items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(isfinite(n) for n in numbers if isinstance(n, float)):
+                raise ValueError(f"{name} is not a finite number")
+        return options
 
     @property
     def taken(self) -> bool:

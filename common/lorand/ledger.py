@@ -7,7 +7,7 @@ the bytes it received.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +15,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from lorand import codec
+from lorand.closed import Closed, Sparse
 from lorand.coefficients import Coefficients, add, zeros
 from lorand.config import RunConfig
 from lorand.directions import Draws
@@ -82,24 +83,6 @@ def start_entry(config: RunConfig, identity: Identity) -> pb.Entry:
 
 
 @dataclass(frozen=True)
-class Sparse:
-    """Coefficients that are not zero, at their indices: those of a pool that a run has left."""
-
-    indices: Coefficients
-    values: Coefficients
-
-    @staticmethod
-    def of(coefficients: Coefficients) -> "Sparse":
-        """Return what is not zero of A, shape (K,)."""
-        indices = np.flatnonzero(coefficients).astype(np.int64)
-        return Sparse(indices, coefficients[indices])
-
-    def dense(self, size: int) -> Coefficients:
-        """Return A, shape (size,)."""
-        return add(zeros(size), self.indices, self.values)
-
-
-@dataclass(frozen=True)
 class Position:
     """A reader's place in a run: what it has applied, and the coefficients that follow from it.
 
@@ -114,7 +97,7 @@ class Position:
     head: bytes = GENESIS
     committed: int = 0
     finished: bool = False
-    closed: tuple[Sparse, ...] = ()
+    closed: Closed = field(default_factory=Closed)
 
     @property
     def run_digest(self) -> bytes:
@@ -173,7 +156,7 @@ def apply(position: Position, body: bytes) -> Position:
         after = replace(after, coefficients=moved, committed=committed, draws=draws)
         if position.config.pool_after(committed) == len(position.closed):
             return after
-        closed = (*position.closed, Sparse.of(moved))
+        closed = position.closed.then(Sparse.of(moved))
         return replace(after, coefficients=zeros(len(moved)), closed=closed)
     if kind == "finish":
         return replace(after, finished=True)

@@ -50,7 +50,8 @@ def report(config: RunConfig, contribution: pb.Contribution, count: int = 0) -> 
     count = count or config.num_directions
     codes = codec.unpack(config.codec.up, contribution.codes, count)
     if config.local.taken:
-        codec.delta(contribution.scale, codes)
+        moved = codec.delta(contribution.scale, codes)
+        codec.check_move(moved, config.directions.quantum_exponent)
         if contribution.scale == 0 and codes.any() and config.codec.up != "sign":
             raise ContributionError("what local steps moved came without the scale of its codes")
     elif contribution.scale:

@@ -272,6 +272,33 @@ def assert_adapter(room: Room, size: int) -> None:
     assert size < 4 * room.config.directions.pool_size + 256
 
 
+def test_a_run_that_rotates_is_followed_measured_and_exported(make_room: MakeRoom) -> None:
+    """Weights are those of all pools, wherever somebody reads them."""
+    content = tiny.settings(
+        "spsa",
+        run={"rounds": 5, "name": "rotating"},
+        directions={"mode": "own", "rotate_every": 2},
+        rounds={"quorum": 2, "start_with": 2},
+    )
+    room = make_room(content).lock()
+    model, data = ("--model", room.model), ("--data", room.data["test"])
+    with room.coordinator() as (_, address):
+        following = evaluator(room, address)
+        workers = [room.join(address, name) for name in ("hotels", "gadgets")]
+        results = [worker.result() for worker in workers]
+        last = following.result()
+        assert room.once("lr-worker", "evaluate", address, *data, *model, "--threads", 1) == last
+    assert_same_bits(room, results)
+    assert [e.committed for e in evaluations(room)] == [0, 4, 5]
+    folder = room.folder / "adapter"
+    wrote = room.once("lr-worker", "export", room.export(), folder, "--merged", *model)
+    assert wrote["weights_digest"] == results[0]["weights_digest"]
+    loaded, position = adapter.load(folder), ledger.replay(ledger.read_file(room.export()))
+    assert loaded.closed == position.closed
+    assert len(loaded.closed) == 2
+    assert np.array_equal(loaded.coefficients, position.coefficients)
+
+
 def test_workers_of_a_quantised_run(make_room: MakeRoom) -> None:
     """Dequantised whole or layer by layer: one base, one history, one digest."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

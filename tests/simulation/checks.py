@@ -29,6 +29,7 @@ def check(world: World) -> Position:
     check_seen(world, store)
     end = check_commits(world, store, bodies)
     check_everyone(world, sequencer, end)
+    check_feedback(world, entries)
     world.disk.crash(store)
     with closing(world.disk.open()) as reopened:
         again = Sequencer(world.config, reopened, None)
@@ -77,7 +78,8 @@ def check_commits(world: World, store: SqliteStore, bodies: list[bytes]) -> Posi
             assert [part.worker for part in parts] == list(entry.commit.workers), "I6: workers"
             assert len(parts) >= config.rounds.quorum, "committed below the quorum"
             for part in parts:
-                sent = (entry.round_index, part.worker, part.contribution.codes)
+                said = part.contribution
+                sent = (entry.round_index, part.worker, said.codes, said.scale)
                 assert sent in world.reported, f"I6: worker {part.worker} never sent that"
                 assert part.contribution.round_index == entry.round_index, "I6: of another round"
             count = entry.commit.directions
@@ -106,3 +108,27 @@ def check_everyone(world: World, sequencer: Sequencer, end: Position) -> None:
     for name, position in followers:
         assert position.finished, f"{name} is not at the end"
         assert position.coefficients.tobytes() == end.coefficients.tobytes(), f"I5: {name}"
+        assert position.closed == end.closed, f"I5: {name} left other pools"
+
+
+def check_feedback(world: World, entries: list[pb.Entry]) -> None:
+    """I8: a worker owes what its codes lost in the rounds that the ledger holds, and no others."""
+    config = world.config
+    if not config.keeps_feedback:
+        return
+    nothing = bytes(8 * config.directions.pool_size)
+    owed: dict[int | None, bytes] = {}
+    for committed, entry in enumerate((e for e in entries if e.HasField("commit")), start=1):
+        for worker in entry.commit.workers:
+            before, after = world.owed[entry.round_index, worker]
+            assert before == owed.get(worker, nothing), f"I8: worker {worker} owed something else"
+            owed[worker] = after
+        if config.pool_after(committed) != config.pool_after(committed - 1):
+            owed.clear()
+    for one in world.workers:
+        if one.session is not None and one.number is not None:
+            memory = one.session.participant._memory
+            assert memory.feedback.tobytes() == owed.get(one.number, nothing), (
+                f"I8: {one.name} owes something else"
+            )
+    assert not list(world.state.glob("*")), "I8: feedback is gone when the run is"

@@ -45,7 +45,8 @@ class Stream:
         if request.HasField("contribution"):
             part = request.contribution
             assert self.worker.number is not None
-            self.world.reported.add((part.round_index, self.worker.number, part.codes))
+            self.world.reported.add((part.round_index, self.worker.number, part.codes, part.scale))
+            self.worker.note_owed(part)
             copies += self.world.rng.random() < 0.1
         for _ in range(copies):
             done_at = max(self.world.now, self.worker.busy_until)

@@ -1,4 +1,4 @@
-"""Hundreds of short runs full of faults, each a seed (notes/platforms.md §3, I1–I7).
+"""Hundreds of short runs full of faults, each a seed (notes/platforms.md §3, I1–I7; I8: feedback).
 
 LORAND_SIM_SEEDS sets how many; a failure prints how to see it again and what happened last.
 """
@@ -24,6 +24,8 @@ from lorand_coordinator import sequencer, snapshot
 from lorand_coordinator.hub import Connection, Hub
 from lorand_coordinator.optimizer import State
 from lorand_coordinator.store import SqliteStore, StoreUnavailable
+from lorand_worker.feedback import Memory
+from lorand_worker.participant import Participant
 
 SEEDS: Final = int(os.environ.get("LORAND_SIM_SEEDS", "200"))
 HERE: Final = "tests/simulation/test_simulation.py::test_a_run_survives_its_faults"
@@ -160,6 +162,35 @@ def round_again(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sequencer.Sequencer, "_count", forget_abandoned)
 
 
+def leap_over_a_commit(patch: pytest.MonkeyPatch) -> None:
+    """A worker that jumps to a checkpoint does not ask what became of its last contribution."""
+    patch.setattr(Participant, "look_up", lambda self, bodies: None)
+
+
+def feedback_ends_with_an_old_pool(patch: pytest.MonkeyPatch) -> None:
+    """A worker that comes back forgets what it owes as it reads of pools that it had left."""
+    move_to = Memory.move_to
+
+    def forget(self: Memory, pool: int) -> None:
+        if pool and pool != getattr(self, "before", 0):
+            self.pool = 0
+        move_to(self, pool)
+        self.before = pool  # type: ignore[attr-defined]
+
+    patch.setattr(Memory, "move_to", forget)
+
+
+def answer_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """A worker that comes back measures anew what it may have reported."""
+    begin = Participant.__init__
+
+    def forget(self: Participant, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        self._answer = None
+
+    patch.setattr(Participant, "__init__", forget)
+
+
 def live_all(seeds: Iterable[int], template: Path) -> None:
     for seed in seeds:
         live(seed, template)
@@ -173,7 +204,10 @@ def live_all(seeds: Iterable[int], template: Path) -> None:
         (twice_if_told_it_failed, "I7"),
         (hole_in_an_outbox, "came where entry"),
         (forgotten_feedback, "does not repeat|I6"),
-        (round_again, "I3|I5"),
+        (round_again, "I3|I5|I8"),
+        (leap_over_a_commit, "I8"),
+        (feedback_ends_with_an_old_pool, "I8"),
+        (answer_forgotten, "I8"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

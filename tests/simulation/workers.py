@@ -44,12 +44,14 @@ class Worker:
         return self.session.participant.worker if self.session else None
 
     def start(self) -> None:
-        """Begin without any memory of a life before."""
+        """Begin without any memory of a life before, but for the file of error feedback."""
         world = self._world
         self._life += 1
         link = LocalLink(world)
         bench = Quadratic(world, self.name, self._life)
-        self.session = Session(link, world.config, IDENTITY, bench, self.name, Silence())
+        self.session = Session(
+            link, world.config, IDENTITY, bench, self.name, Silence(), world.state
+        )
         self.session._session = world.rng.getrandbits(63)  # Session's own is not from the seed
         self._connect(self._life)
 
@@ -86,8 +88,7 @@ class Worker:
             return
         session = self.session
         if session._has_ledger():
-            position = session.link.catch_up(session.participant.position)
-            session.participant.catch_up(position)
+            session._catch_up()
             self._note_position()
             if self.done:
                 return
@@ -106,6 +107,7 @@ class Worker:
 
     def _handle(self, stream: Stream, message: wire.ParticipateResponse) -> None:
         assert self.session is not None
+        measured = self.session.participant.counts.measured
         if message.HasField("round_start"):
             self.busy_until = self._world.now + self._world.rng.uniform(0.05, 0.8)
         try:
@@ -114,7 +116,7 @@ class Worker:
             stream.hang_up()
             self.reconnect(str(error))
             return
-        if message.HasField("round_start"):
+        if self.session.participant.counts.measured > measured:
             self._note_weights(message.round_start.round_index)
         if message.HasField("welcome"):
             self._world.tell(f"{self.name} joins as {self.number}")
@@ -129,16 +131,28 @@ class Worker:
         answer = self.session.participant._answer
         if answer is not None and self._world.rng.random() < 0.3:
             self._world.faults["stale answer"] += 1
-            stream.send(answer[2])
+            stream.send(answer[1])
 
     def _note_weights(self, round_index: int) -> None:
         """Everyone measures a round at the same weights, in whichever life."""
         assert self.session is not None
         bench = cast(Quadratic, self.session.bench)
-        digest = coefficients_digest(bench.coefficients)
+        digest = coefficients_digest(bench.coefficients) + bytes(bench.pool)
         assert self._world.measured_at.setdefault(round_index, digest) == digest, (
             f"I5: {self.name} measured round {round_index} at other weights than others did"
         )
+
+    def note_owed(self, contribution: pb.Contribution) -> None:
+        """Who keeps error feedback never says two things in a round, in whichever life."""
+        assert self.session is not None
+        if self._world.config.keeps_feedback:
+            memory = self.session.participant._memory
+            if memory.awaited is not None and memory.awaited.contribution == contribution:
+                place = (contribution.round_index, memory.awaited.worker)
+                owed = memory.feedback.tobytes(), memory.awaited.feedback.tobytes()
+                assert self._world.owed.setdefault(place, owed) == owed, (
+                    f"I8: {self.name} contributed to round {place[0]} in two ways"
+                )
 
     def _note_position(self) -> None:
         assert self.session is not None
@@ -167,10 +181,11 @@ class Quadratic:
         self._target = np.random.default_rng(world.seed).normal(0, 0.05, 64)
         self.examples = len(name) * life
         self.coefficients = np.zeros(64, np.int64)
+        self.pool = 0
 
     def adopt(self, position: Position) -> None:
         """See Bench."""
-        self.coefficients = position.coefficients
+        self.coefficients, self.pool = position.coefficients, len(position.closed)
 
     def measure(self, order: Order) -> Measurement:
         """Return a noisy gradient; now and then the loss is no number."""

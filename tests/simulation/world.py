@@ -48,10 +48,17 @@ MISFORTUNES: Final = (
 def config_for(rng: random.Random) -> RunConfig:
     """A small run, different from seed to seed."""
     quorum = rng.choice([1, 2, 2, 3])
+    each = rng.choice([3, 8, 40])
+    rotate_every = rng.choice([0, 0, 1, 3])
     return config_of(
         run={"rounds": rng.randint(6, 10), "adopt_first_worker": True},
-        directions={"mode": rng.choice(["shared", "own"])},
-        estimator={"directions_per_round": rng.choice([3, 8, 40])},
+        directions={
+            "mode": rng.choice(["shared", "own"]),
+            "rotate_every": rotate_every,
+            "drawing": "uniform" if rotate_every else rng.choice(["uniform", "weighted"]),
+        },
+        estimator={"directions_per_round": each},
+        local={"steps": rng.choice([0, 1, 1 if each == 40 else 5])},
         codec={"up": rng.choice(["int8", "sign"]), "down": rng.choice(["int8", "sign"])},
         optimizer={"kind": rng.choice(["sgd", "adam"]), "momentum": 0.5},
         rounds={
@@ -91,7 +98,10 @@ class World:
         # What must never change: digests by sequence, weights by round, scalars by worker.
         self.heads: dict[int, bytes] = {}
         self.measured_at: dict[int, bytes] = {}
-        self.reported: set[tuple[int, int, bytes]] = set()
+        self.reported: set[tuple[int, int, bytes, int]] = set()
+        # By round and worker, what it owed before, and owes after a commit.
+        self.owed: dict[tuple[int, int], tuple[bytes, bytes]] = {}
+        self.state = folder / "state"
         self.coordinator = Coordinator(self)
         self.workers = [Worker(self, number) for number in range(self.rng.choice([3, 4]))]
         self.after(0.0, self.coordinator.start)

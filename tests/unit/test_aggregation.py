@@ -1,5 +1,6 @@
 """Contributions of a round → one gradient estimate, whatever order they came in (DESIGN §3)."""
 
+from dataclasses import replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -181,3 +182,127 @@ def test_a_first_order_contribution_has_the_whole_pool() -> None:
     assert len(report(config, pb.Contribution(codes=bytes(64))).codes) == 64
     with pytest.raises(ContributionError):
         report(config, pb.Contribution(codes=bytes(3)))
+
+
+# ------------------------------------------------------------- local steps
+
+QUANTUM: Final = 2.0**-32
+
+
+def walks_of(workers: list[int], count: int = 3) -> dict[int, Report]:
+    """Where steps led, each with a scale of its own."""
+    config = config_of(estimator={"directions_per_round": count}, local={"steps": 1})
+    return {w: Report(codes_of(config, w), examples=w, scale=1000 * w) for w in workers}
+
+
+def ways_of(reports: dict[int, Report]) -> Floats:
+    """How far each went, in weights, a row a worker."""
+    return np.array([reports[w].codes * reports[w].scale * QUANTUM for w in sorted(reports)])
+
+
+def walked(
+    reports: dict[int, Report], mode: str = "shared", weighting: str = "equal", count: int = 3
+) -> Estimate:
+    config = config_of(
+        directions={"mode": mode},
+        rounds={"weighting": weighting},
+        estimator={"directions_per_round": count},
+        local={"steps": 1},
+    )
+    draws = config.draws(RUN)
+    return aggregate(config, draws, 5, SCALE, reports)
+
+
+def test_of_walks_the_estimate_is_the_mean_way_back() -> None:
+    """In weights, whatever the round's scale is: that is for scalars."""
+    reports = walks_of([1, 2, 9])
+    estimate = walked(reports)
+    assert estimate.walked
+    assert estimate.values == pytest.approx(-ways_of(reports).mean(axis=0))
+    by_examples = walked(reports, weighting="examples")
+    weights = np.array([1, 2, 9]) / 12
+    assert by_examples.values == pytest.approx(-(weights @ ways_of(reports)))
+
+
+@pytest.mark.parametrize("weighting", ["equal", "examples"])
+def test_own_walks_are_divided_by_the_workers_and_add(weighting: str) -> None:
+    """The mean over workers of sparse ways; at a direction of two, both have a part in it."""
+    reports = walks_of([1, 2, 3], 20)
+    estimate = walked(reports, "own", weighting, 20)
+    weights = np.ones(3) / 3 if weighting == "equal" else np.array([1, 2, 3]) / 6
+    dense = np.zeros(64)
+    for worker, weight, way in zip([1, 2, 3], weights, ways_of(reports), strict=True):
+        np.add.at(dense, draws_of("own", 20).of(5, worker), -weight * way)
+    assert len(estimate.indices) < 60
+    assert estimate.values == pytest.approx(dense[estimate.indices])
+    assert dense.any()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.permutations([1, 2, 3, 7, 40]), st.sampled_from(["shared", "own"]))
+def test_walks_arrive_in_any_order(arrival: list[int], mode: str) -> None:
+    reports = walks_of([1, 2, 3, 7, 40])
+    again = walked({worker: reports[worker] for worker in arrival}, mode, "examples")
+    assert again.values.tobytes() == walked(reports, mode, "examples").values.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["shared", "own"])
+def test_scalars_of_weighted_directions_are_divided_by_how_likely_they_were(mode: str) -> None:
+    """Local steps have them divided already, where they were measured."""
+    directions = {"mode": mode, "drawing": "weighted-unbiased"}
+    config = config_of(directions=directions, estimator={"directions_per_round": 20})
+    draws = config.draws(RUN).after(np.arange(9), np.arange(9) * 1000)
+    plain = replace(draws, drawing="weighted")
+    reports = reports_of([1, 2, 3], estimator={"directions_per_round": 20})
+    unbiased = aggregate(config, draws, 5, SCALE, reports)
+    weighted = aggregate(config, plain, 5, SCALE, reports)
+    factors = draws.importance(unbiased.indices)
+    assert len(set(factors.tolist())) > 3
+    assert unbiased.indices.tolist() == weighted.indices.tolist()
+    assert unbiased.values == pytest.approx(factors * weighted.values)
+    stepping = config_of(
+        directions=directions, estimator={"directions_per_round": 20}, local={"steps": 1}
+    )
+    walks = walks_of([1, 2], 20)
+    one, two = (aggregate(stepping, d, 5, SCALE, walks) for d in (draws, plain))
+    assert one.values.tolist() == two.values.tolist()
+
+
+@pytest.mark.parametrize(
+    ("up", "scale", "codes", "why"),
+    [
+        ("int8", 0, [1, 0, 0], "without the scale"),
+        ("int32", 0, [0, 0, -1], "without the scale"),
+        ("int8", 2**62, [0, 0, 0], "above the limit"),
+        ("int8", 2**64 - 1, [1, 1, 1], "above the limit"),
+        ("sign", 2**62, [1, 1, 1], "above the limit"),
+        ("int32", 2**40, [2**31 - 1, 0, 0], "above the limit"),
+        ("int8", 2**42, [0, 2, 0], "the limit is 1024"),
+        ("sign", 2**41, [1, 1, 1], "the limit is 1024"),
+        ("sign", 2**61, [1, 1, 1], "the limit is 1024"),
+    ],
+)
+def test_walks_that_cannot_be_are_refused(
+    up: codec.Codec, scale: int, codes: list[int], why: str
+) -> None:
+    """Before they count: one contribution never stops a round, nor ruins the coefficients."""
+    config = config_of(codec={"up": up}, local={"steps": 1})
+    packed = codec.pack(up, np.array(codes))
+    with pytest.raises(ContributionError, match=why):
+        report(config, pb.Contribution(codes=packed, scale=scale))
+
+
+@pytest.mark.parametrize(
+    ("up", "scale", "codes"),
+    [("int8", 0, [0, 0, 0]), ("sign", 0, [1, -1, 1]), ("int8", 2**34, [127, -127, 1])],
+)
+def test_small_and_large_walks_that_can_be(up: codec.Codec, scale: int, codes: list[int]) -> None:
+    config = config_of(codec={"up": up}, local={"steps": 1})
+    read = report(config, pb.Contribution(codes=codec.pack(up, np.array(codes)), scale=scale))
+    assert (read.codes.tolist(), read.scale) == (codes, scale)
+
+
+def test_a_scale_does_not_come_with_scalars() -> None:
+    codes = codec.pack("int8", np.ones(3, np.int64))
+    with pytest.raises(ContributionError, match="a scale came with scalars"):
+        report(config_of(), pb.Contribution(codes=codes, scale=1))

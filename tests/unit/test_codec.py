@@ -17,6 +17,7 @@ from lorand.codec import (
     Codes,
     DeltaCodec,
     Floats,
+    check_move,
     decode,
     delta,
     encode,
@@ -290,6 +291,45 @@ def test_a_delta_that_could_overflow_is_refused(scale: int, code: int) -> None:
     """An int32 code times a large scale would wrap to another, plausible number."""
     with pytest.raises(ContributionError):
         delta(scale, np.array([1, code], np.int64))
+
+
+@pytest.mark.parametrize("codec", ["int8", "int32"])
+@pytest.mark.parametrize("magnitude", [0.3, 50.0, 1e12])
+def test_rounded_at_random_an_update_is_right_on_average(
+    codec: DeltaCodec, magnitude: float
+) -> None:
+    """Each of the two multiples around a value as often as it is near; never beyond the codes."""
+    rng = np.random.default_rng(1)
+    wanted = np.append(rng.uniform(-1, 1, 7), [1.0, -1.0, 0.0]) * magnitude
+    total, rounds = np.zeros(10), 4000
+    for _ in range(rounds):
+        scale, codes = quantise_delta(codec, wanted, rng.random(10))
+        change = delta(scale, codes)
+        total += change
+        assert np.abs(change - wanted).max() < scale
+    spread = scale / 2 / np.sqrt(rounds)
+    assert np.abs(total / rounds - wanted).max() < 4 * spread
+    assert change[9] == 0
+
+
+def test_rounding_at_random_takes_the_chance_it_is_given() -> None:
+    wanted = np.array([127.0, 0.25, -0.25, -127.0])
+    for uniform, expected in [(0.0, [127, 0, -1, -127]), (0.75, [127, 1, 0, -127])]:
+        scale, codes = quantise_delta("int8", wanted, np.full(4, uniform))
+        assert (scale, codes.tolist()) == (1, expected)
+    scale, codes = quantise_delta("int8", np.array([127.0, -127.0]), np.full(2, 0.999))
+    assert codes.tolist() == [127, -127]
+
+
+@pytest.mark.parametrize("exponent", [8, 32, 48])
+def test_a_move_is_bounded_over_all_directions(exponent: int) -> None:
+    """All may meet at one weight."""
+    quarter = 256 << exponent
+    check_move(np.array([quarter, -quarter, quarter, -quarter]), exponent)
+    with pytest.raises(ContributionError, match=r"by up to 1\.02e\+03, the limit is 1024; lower"):
+        check_move(np.array([quarter, -quarter, quarter, -quarter - 1]), exponent)
+    with pytest.raises(ContributionError, match=r"the limit is 1024"):
+        check_move(np.full(1 << 10, -(2**61)), exponent)
 
 
 def feedback_norms(codec: DeltaCodec, updates: list[Floats]) -> tuple[list[float], Floats]:

@@ -163,6 +163,51 @@ def test_the_draws_of_a_run() -> None:
     assert config_of(estimator='kind = "backprop"').draws(b"\5" * 32).count == 4096
 
 
+def test_a_round_has_a_direction_for_each_step() -> None:
+    """A participant reports all it measured; by backward passes that is the pool, each time."""
+    several = config_of(estimator="directions_per_round = 3", local="steps = 5")
+    assert several.num_directions == several.draws(b"\5" * 32).count == 15
+    config = config_of(estimator="kind = 'backprop'", local="steps = 5")
+    assert config.num_directions == 4096
+
+
+@pytest.mark.parametrize(
+    ("directions", "needs"),
+    [("", False), ("rotate_every = 3", True), ("drawing = 'weighted'", True)],
+)
+def test_who_joins_reads_all_where_the_coefficients_do_not_say_all(
+    directions: str, needs: bool
+) -> None:
+    assert config_of(directions=directions).needs_history == needs
+
+
+@pytest.mark.parametrize(
+    ("local", "codec", "keeps"),
+    [
+        ("steps = 0", "", False),
+        ("steps = 3", "", True),
+        ("steps = 3", "rounding = 'unbiased'", False),
+        ("steps = 3\nerror_feedback = false", "", False),
+    ],
+)
+def test_feedback_is_kept_where_codes_lose_something_for_good(
+    local: str, codec: str, keeps: bool
+) -> None:
+    assert config_of(local=local, codec=codec).keeps_feedback == keeps
+
+
+def test_options_of_an_optimizer_reach_the_worker_as_they_are() -> None:
+    """Whole numbers, truth values and pairs too; they name the run."""
+    options = "options = {betas = [0.9, 0.95], nesterov = true, weight_decay = 0, momentum = 0.5}"
+    config = config_of(local=f"steps = 2\n{options}")
+    expected = {"betas": (0.9, 0.95), "nesterov": True, "weight_decay": 0, "momentum": 0.5}
+    assert config.local.options == expected
+    assert RunConfig.from_json(config.to_json()).local.options == expected
+    assert RunConfig.from_json(config.canonical()).digest() == config.digest()
+    assert config.local.options["nesterov"] is True
+    assert config.digest() != config_of(local="steps = 2").digest()
+
+
 def test_the_perturbation_scale_is_a_whole_number_of_quanta() -> None:
     """DESIGN §1: c = μ/u."""
     assert config_of().perturbation_quanta == round(0.01 * 2**32)
@@ -249,6 +294,14 @@ WRONG: Final[list[tuple[str, str, str, str]]] = [
     ("estimator", "perturbation_scale = 1e-12", "estimator.perturbation_scale", "raise one"),
     ("estimator", "directions_per_round = 5000", "estimator.directions_per_round", "pool_size"),
     ("estimator", "max_directions_per_round = 4", "estimator", "directions_per_round to "),
+    ("directions", "drawing = 'often'", "directions.drawing", "should be 'uniform', 'weighted'"),
+    ("directions", "rotate_every = -1", "directions.rotate_every", "equal to 0"),
+    ("local", "steps = -1", "local.steps", "greater than or equal to 0"),
+    ("local", "epochs = 1001", "local.epochs", "less than or equal to 1000"),
+    ("local", "space = 'lora'", "local.space", "should be 'seeds' or 'weights'"),
+    ("local", "learning_rate = 0", "local.learning_rate", "greater than 0"),
+    ("local", "options = {betas = [0.9, nan]}", "local.options", "betas is not a finite number"),
+    ("local", "options = {eps = inf}", "local.options", "eps is not a finite number"),
     ("codec", "up = 'int4'", "codec.up", "should be 'int8', 'log8', 'sign' or"),
     ("codec", "down = 'log8'", "codec.down", "should be 'int8', 'sign' or 'int32'"),
     ("codec", "rounding = 'up'", "codec.rounding", "should be 'nearest' or 'unbiased'"),
@@ -323,6 +376,61 @@ def test_a_wrong_setting_is_named_with_what_to_do(
             "rounds.aggregation",
             'directions.mode = "shared"',
         ),
+        (
+            {"local": "steps = 600"},
+            "estimator.directions_per_round (times local.steps)",
+            "larger than directions.pool_size",
+        ),
+        (
+            {"estimator": 'kind = "backprop"', "directions": 'drawing = "weighted"'},
+            'estimator "backprop" reports the whole pool',
+            'set directions.drawing = "uniform"',
+        ),
+        (
+            {"directions": "rotate_every = 2", "model": 'dtype = "bfloat16"'},
+            "directions.rotate_every",
+            'set model.dtype = "float32"',
+        ),
+        (
+            {"directions": "rotate_every = 2", "model": 'quantisation = "int8"'},
+            "directions.rotate_every",
+            'model.quantisation = "none"',
+        ),
+        (
+            {"directions": 'rotate_every = 2\ndrawing = "weighted-unbiased"'},
+            "weights of directions are learned on one pool",
+            "set directions.rotate_every = 0",
+        ),
+        (
+            {"estimator": 'kind = "backprop"', "local": "steps = 1\nepochs = 1"},
+            "local.steps and local.epochs",
+            "set one of them to 0",
+        ),
+        (
+            {"local": "epochs = 1"},
+            "local.epochs",
+            'set local.steps, or estimator.kind = "backprop"',
+        ),
+        (
+            {"local": 'steps = 1\nspace = "weights"'},
+            'local.space = "weights"',
+            'set estimator.kind = "backprop" and local.steps',
+        ),
+        (
+            {"estimator": 'kind = "backprop"', "local": 'space = "weights"'},
+            'local.space = "weights"',
+            'set estimator.kind = "backprop" and local.steps',
+        ),
+        (
+            {"local": "steps = 1", "codec": 'up = "log8"'},
+            "a scale of its own",
+            'set codec.up = "int8", "sign" or "int32"',
+        ),
+        (
+            {"local": "steps = 1", "rounds": 'aggregation = "majority"'},
+            'rounds.aggregation = "majority" votes on scalars',
+            'rounds.aggregation = "mean"',
+        ),
     ],
     ids=[
         "small growth",
@@ -332,6 +440,17 @@ def test_a_wrong_setting_is_named_with_what_to_do(
         "unbiased signs",
         "nothing but warm-up",
         "a majority on directions of one's own",
+        "more steps than directions",
+        "backprop with weighted directions",
+        "rotation in bfloat16",
+        "rotation of a quantised base",
+        "rotation of weighted directions",
+        "steps and epochs",
+        "epochs without gradients",
+        "weights without gradients",
+        "weights without steps",
+        "local steps in log8",
+        "a majority of local steps",
     ],
 )
 def test_settings_that_do_not_go_together(
@@ -341,6 +460,7 @@ def test_settings_that_do_not_go_together(
         config_of(**sections)
     assert field in str(caught.value)
     assert remedy in str(caught.value)
+    assert len(str(caught.value).split("\n")) == 2, "one reason"
 
 
 @pytest.mark.parametrize("name", MINIMAL)

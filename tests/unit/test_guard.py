@@ -51,6 +51,14 @@ def test_runs_that_ask_for_more_are_refused() -> None:
     check(CONFIG, Policy(max_batch_size=16))
 
 
+def test_a_run_of_many_pools_has_no_finite_one() -> None:
+    rotating = config_of(directions={"rotate_every": 3})
+    check(rotating, Policy())
+    for policy in (Policy(seed_pool=ANY_POOL), Policy(seed_pool=64)):
+        with pytest.raises(HandshakeError, match=r"to another every 3 rounds; join without --seed"):
+            check(rotating, policy)
+
+
 def test_another_identity_is_named() -> None:
     check_identity(IDENTITY, replace(IDENTITY))
     other = Manifest((*IDENTITY.manifest.tensors, TensorSpec("x", (1,), "float32")))
@@ -75,3 +83,13 @@ def test_the_owner_is_told_what_leaves() -> None:
     )
     least = config_of(rounds={"telemetry": "none"})
     assert "Nothing else goes with it." in guard.disclosure(least)
+
+
+def test_the_owner_is_told_of_local_steps() -> None:
+    """They show more of the data than one batch does."""
+    many = config_of(local={"steps": 20})
+    text = " ".join(guard.disclosure(many))
+    assert "60 int8 codes and their scale: where 20 steps on the data here led" in text
+    assert "the mean loss of the batches." in text
+    epoch = config_of(estimator={"kind": "backprop"}, local={"epochs": 1})
+    assert "where 1 epoch on the data here led" in " ".join(guard.disclosure(epoch))

@@ -15,8 +15,10 @@ from lorand.codec import Codec, Floats
 from lorand.config import RunConfig
 from lorand.directions import Draws
 from lorand.errors import ContributionError, LedgerError
+from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import optimizer
 from lorand_coordinator.aggregation import Report
+from lorand_coordinator.aggregation import report as read
 from lorand_coordinator.optimizer import State, Update
 from lorand_coordinator.snapshot import pack_state, unpack_state
 
@@ -202,6 +204,84 @@ def test_a_round_of_zeros_changes_nothing() -> None:
         )
         assert not update.codes.any()
         assert not after.coefficients.any()
+
+
+# ------------------------------------------------------------- local steps
+
+MEAN_OF_STEPS: Final[dict[str, Any]] = {**SGD, "learning_rate": 1.0, "normalise": False}
+
+
+def walk(seed: int, count: int = 8) -> Report:
+    """Where local steps led: codes with a scale of their own."""
+    return Report(np.random.default_rng(seed).integers(-127, 128, count), scale=50_000 * seed)
+
+
+@pytest.mark.parametrize("mode", ["shared", "own"])
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_a_learning_rate_of_one_takes_the_mean_of_the_steps(mode: str, schedule: str) -> None:
+    """Reddi et al., algorithm 1 with plain averaging; the schedule was applied at the workers."""
+    settings_of = {**MEAN_OF_STEPS, "schedule": schedule}
+    config = run_of(settings_of, directions={"mode": mode}, local={"steps": 1})
+    draws, state = config.draws(RUN), optimizer.start(config)
+    for round_index in range(1, 4):
+        reports = {worker: walk(10 * round_index + worker) for worker in (1, 2)}
+        mean = np.zeros(64)
+        for worker, part in reports.items():
+            np.add.at(mean, draws.of(round_index, worker), part.codes * part.scale / 2)
+        before, public = state.coefficients, state.scale_exponent
+        state, update = optimizer.advance(config, draws, state, round_index, reports)
+        moved = state.coefficients - before
+        np.testing.assert_allclose(moved[update.indices], mean[update.indices], atol=1)
+        assert not np.delete(mean, update.indices).any()
+        assert state.scale_exponent == public, "it is for scalars"
+
+
+def test_momentum_of_steps_is_a_decaying_sum() -> None:
+    """FedAvgM (Hsu et al., 2019): v ← β v + mean step, A += v, where it was measured."""
+    config = run_of({**MEAN_OF_STEPS, "momentum": 0.5}, local={"steps": 1})
+    draws, state, velocity = config.draws(RUN), optimizer.start(config), np.zeros(64)
+    for round_index in range(1, 12):
+        part, at = walk(round_index), draws.of(round_index, 1)
+        velocity[at] = 0.5 * velocity[at] + part.codes * part.scale
+        before = state.coefficients
+        state, _ = optimizer.advance(config, draws, state, round_index, {1: part})
+        np.testing.assert_allclose((state.coefficients - before)[at], velocity[at], atol=1)
+
+
+def test_adam_of_steps_goes_their_way_at_its_own_length() -> None:
+    """FedAdam: the first round changes a weight by learning_rate, however long the steps were."""
+    config = run_of({**ADAM, "schedule": "linear"}, local={"steps": 1})
+    part = walk(3)
+    after, update = optimizer.advance(
+        config, config.draws(RUN), optimizer.start(config), 1, {1: part}
+    )
+    assert np.sqrt(np.sum(applied(update) ** 2)) == pytest.approx(
+        0.01 * np.sqrt(np.mean(part.codes != 0)), rel=1e-6
+    )
+    assert np.sign(after.coefficients[update.indices]).tolist() == np.sign(part.codes).tolist()
+
+
+def test_normalised_steps_change_a_weight_by_learning_rate() -> None:
+    config = run_of(SGD, local={"steps": 1})
+    _, update = optimizer.advance(
+        config, config.draws(RUN), optimizer.start(config), 1, {1: walk(5)}
+    )
+    assert np.sqrt(np.sum(applied(update) ** 2)) == pytest.approx(0.01, rel=1e-6)
+
+
+def test_the_largest_walks_of_all_fit() -> None:
+    """Every participant at the limit, in the finest quantum: no round fails by them."""
+    config = config_of(
+        optimizer=MEAN_OF_STEPS,
+        codec={"up": "int32", "down": "int8"},
+        directions={"quantum_exponent": 48, "mode": "own"},
+        local={"steps": 1},
+    )
+    whole = Report(np.array([2**20, 0, 0]), scale=2**38)
+    body = pb.Contribution(codes=codec.pack("int32", whole.codes), scale=whole.scale)
+    reports = {worker: read(config, body) for worker in range(1, 6)}
+    state, _ = optimizer.advance(config, config.draws(RUN), optimizer.start(config), 1, reports)
+    assert np.abs(state.coefficients).sum() < 2**59
 
 
 # ------------------------------------------------------------- what moves

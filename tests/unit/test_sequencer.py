@@ -569,6 +569,10 @@ def assert_same(one: Sequencer, other: Sequencer) -> None:
     for name in ("next_sequence", "head", "committed", "finished", "identity", "run_digest"):
         assert getattr(one.position, name) == getattr(other.position, name), name
     assert one.position.coefficients.tolist() == other.position.coefficients.tolist()
+    assert one.position.closed == other.position.closed
+    for worker in (1, 2):
+        drawn = [s.position.draws.of(99, worker).tolist() for s in (one, other) if s.position]
+        assert drawn[0] == drawn[1]
     for each in fields(optimizer.State):
         ours, theirs = (getattr(s._optimizer, each.name) for s in (one, other))
         assert np.array_equal(ours, theirs), each.name
@@ -610,21 +614,37 @@ def if_known(room: Room, worker: int, then: Callable[[], object]) -> None:
         then()
 
 
+DIRECTIONS: Final[list[dict[str, Any]]] = [
+    {"mode": "shared"},
+    {"mode": "own"},
+    {"mode": "own", "rotate_every": 1},
+    {"mode": "shared", "rotate_every": 2},
+    {"mode": "own", "drawing": "weighted"},
+    {"mode": "shared", "drawing": "weighted-unbiased"},
+]
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(["sgd", "adam"]),
-    st.sampled_from(["shared", "own"]),
+    st.sampled_from(DIRECTIONS),
+    st.sampled_from([0, 2]),
     st.sampled_from([1, 2, 50]),
     st.lists(ACTIONS, max_size=50),
 )
 def test_reopening_anywhere_gives_the_live_state(
-    kind: str, mode: str, checkpoint_every: int, actions: list[Action]
+    kind: str,
+    directions: dict[str, Any],
+    steps: int,
+    checkpoint_every: int,
+    actions: list[Action],
 ) -> None:
     """After every event, with checkpoints or without; writing nothing in between."""
     room = Room(
         config_of(
             optimizer={"kind": kind, "momentum": 0.9},
-            directions={"mode": mode},
+            directions=directions,
+            local={"steps": steps},
             service={"checkpoint_every": checkpoint_every},
         )
     )
@@ -639,12 +659,17 @@ def test_reopening_anywhere_gives_the_live_state(
             assert len(room.store) == count
 
 
+@pytest.mark.parametrize("directions", DIRECTIONS, ids=str)
 @pytest.mark.parametrize("checkpoint_every", [1, 2, 50])
-def test_a_restarted_run_writes_the_same_bytes(checkpoint_every: int) -> None:
+def test_a_restarted_run_writes_the_same_bytes(
+    checkpoint_every: int, directions: dict[str, Any]
+) -> None:
     """Stopped and started anew after every round, or never: one history."""
     heads = []
     for restarts in (False, True):
-        room = Room(config_of(service={"checkpoint_every": checkpoint_every}))
+        room = Room(
+            config_of(directions=directions, service={"checkpoint_every": checkpoint_every})
+        )
         with closing(room.store):
             for _ in range(4):
                 room.join("ada")
@@ -654,8 +679,28 @@ def test_a_restarted_run_writes_the_same_bytes(checkpoint_every: int) -> None:
                     room.sequencer = room.restart()
             room.wait(0.1)
             assert room.position.finished
+            has_checkpoint = room.store.newest_checkpoint() is not None
+            assert has_checkpoint == (checkpoint_every <= 2 and not room.config.needs_history)
             heads.append(room.position.head)
     assert heads[0] == heads[1]
+
+
+def test_a_walk_too_far_is_rejected_and_the_round_goes_on() -> None:
+    """One participant's huge scale does not hold the run."""
+    room = Room(config_of(local={"steps": 2}, rounds={"quorum": 2}))
+    with closing(room.store):
+        for name in ("ada", "ben", "eve"):
+            room.join(name)
+        request = contribution(room.config, 1, seed=1)
+        for scale in (2**38, 2**55, 2**62, 2**64 - 1):
+            request.contribution.scale = scale
+            (why,) = rejections(room.send(3, request))
+            assert "limit" in why
+        room.report(1)
+        room.report(2)
+        room.wait(10.0)
+        assert room.position.committed == 1
+        assert room.sequencer.tally.accounts[3].rejected == 4
 
 
 def test_what_an_operator_may_change_between_restarts(busy: Room) -> None:
