@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = "osD^vPX*<>"
@@ -86,7 +86,9 @@ def _panel(axes: Axes, panel: Panel, labels: dict[str, int]) -> None:
     if panel.level is not None:
         axes.axhline(panel.level, color="black", linewidth=0.7)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(panel.title, fontsize=9)
     axes.set_xlabel(panel.across)
     axes.set_ylabel(panel.up)

@@ -50,9 +50,20 @@ ROWS: Final = {
     "feedsign": Row(3e-4),
     "fzoo": Row(1e-3),
     "ferret": Row(1e-4),
-    "lorand-zo": Row(1e-3),
+    "lorand-zo": Row(3e-4),
     "lorand-fo": Row(1e-3),
 }
+
+ORDERINGS: Final = (
+    ("fzoo", "mezo", "FZOO: fewer forward passes than MeZO"),
+    ("fedkseed-pro", "fedkseed", "FedKSeed-Pro: weighted drawing is no worse than uniform"),
+    ("ferret", "fedkseed", "Ferret: first-order steps get further than FedKSeed's"),
+    ("feedsign", "mezo", "FeedSign: a vote of one bit comes close to whole scalars"),
+    ("decomfl", "mezo", "DeComFL: several directions a step, at equal forward passes"),
+    ("lorand-zo", "mezo", "ours, zeroth-order"),
+    ("lorand-fo", "ferret", "ours, first-order"),
+)
+"""What papers say of two presets: (this one, is better than, the claim)."""
 
 
 def config_of(name: str, task: str, rate: float) -> RunConfig:
@@ -121,6 +132,7 @@ def write() -> None:
             continue
         lines += [f"## {task}", "", f"![{task}](presets_{task}.png)", "", *_table(task, curves), ""]
         _plot(task, curves)
+    lines += _orderings()
     lines += [f"- `{name}`: {row.why}" for name, row in ROWS.items() if row.why]
     STORE.write_text("\n".join([*lines, "", STORE.origin()]))
 
@@ -150,6 +162,32 @@ def _table(task: str, curves: dict[str, list[list[Point]]]) -> list[str]:
             f"| {last[0].bytes_up:,} + {last[0].bytes_down:,} | {wall:.0f} |"
         )
     return lines
+
+
+def _orderings() -> list[str]:
+    """Compare final losses of pairs of presets: more than one standard error counts."""
+    lines = [
+        "## Who is better, by the loss at the end",
+        "",
+        "| claim | " + " | ".join(tasks.LABELS),
+    ]
+    lines[-1] += " |"
+    lines.append("|---" * (len(tasks.LABELS) + 1) + "|")
+    for one, other, claim in ORDERINGS:
+        found = []
+        for task in tasks.LABELS:
+            pair = [
+                [points[-1].score.loss for points in _reported(name, task)] for name in (one, other)
+            ]
+            if not all(pair):
+                found.append("not run")
+                continue
+            (a, a_error), (b, b_error) = map(cells.mean_and_error, pair)
+            error = (a_error**2 + b_error**2) ** 0.5
+            verdict = "no difference" if abs(b - a) <= error else "yes" if a < b else "no"
+            found.append(f"{verdict} ({b - a:+.3f} ± {error:.3f})")
+        lines.append(f"| {one} before {other} ({claim}) | " + " | ".join(found) + " |")
+    return [*lines, "", "In brackets: how much lower the first one's loss is.", ""]
 
 
 def _plot(task: str, curves: dict[str, list[list[Point]]]) -> None:

@@ -171,9 +171,14 @@ PRESETS: Final = {
     ),
     "lorand-zo": Preset(
         "LoRand by forward passes alone",
-        "our own defaults: one byte a scalar, a head that moves further, a step normalised by the "
-        "running spread of the scalars, linear decay",
-        {"model": {"trainable": "all"}},
+        "our own defaults: nine losses for eight scalars of a byte each, a head that moves more, "
+        "a step normalised by the running spread of the scalars, linear decay",
+        {
+            "model": {"trainable": "all"},
+            "directions": {"head_scale": 64.0},
+            "estimator": {"kind": "one-sided", "perturbation_scale": 0.0003},
+            "optimizer": {"learning_rate": 0.0003},
+        },
     ),
     "lorand-fo": Preset(
         "LoRand with one backward pass a round",
