@@ -74,7 +74,7 @@ METHODS: dict[str, dict[str, Method]] = {
         "fedavg": Method((1e-4, 3e-4, 1e-3), 5),
         "local steps, 1 bit": Method((1e-4, 3e-4, 1e-3), 5, local(5, "sign", 4096, epochs=1)),
         "local steps on LoRA, 1 bit": Method(
-            (3e-5, 1e-4, 3e-4), 8, {**local(8, "sign", 8192, epochs=1), **LORA}, quick=False
+            (1e-4, 3e-4), 6, {**local(6, "sign", 8192, epochs=1), **LORA}, quick=False
         ),
     },
     "banking77": {
