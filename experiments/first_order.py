@@ -68,14 +68,10 @@ def local(rounds: int, up: str, size: int, **steps: int) -> Settings:
     }
 
 
-LORA: Settings = {"model": {"adapter": "lora", "adapter_rank": 4}}
 METHODS: dict[str, dict[str, Method]] = {
     "uci": {
         "fedavg": Method((1e-4, 3e-4, 1e-3), 5),
         "local steps, 1 bit": Method((1e-4, 3e-4, 1e-3), 5, local(5, "sign", 4096, epochs=1)),
-        "local steps on LoRA, 1 bit": Method(
-            (1e-4, 3e-4), 6, {**local(6, "sign", 8192, epochs=1), **LORA}, quick=False
-        ),
     },
     "banking77": {
         "adam": Method((3e-4, 1e-3), 120, batch=6),
