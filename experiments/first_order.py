@@ -68,16 +68,31 @@ def local(rounds: int, up: str, size: int, **steps: int) -> Settings:
     }
 
 
+def on_weights(changes: Settings) -> Settings:
+    """Return the same with steps on all weights, as Ferret takes them; directions all alike."""
+    directions = {**changes["directions"], "head_scale": 1.0}
+    return {
+        **changes,
+        "directions": directions,
+        "local": {**changes["local"], "space": "weights"},
+    }
+
+
 METHODS: dict[str, dict[str, Method]] = {
     "uci": {
         "fedavg": Method((1e-4, 3e-4, 1e-3), 5),
         "local steps, 1 bit": Method((1e-4, 3e-4, 1e-3), 5, local(5, "sign", 4096, epochs=1)),
+        "local steps on weights, 1 bit": Method(
+            (3e-5, 1e-4, 3e-4), 8, on_weights(local(8, "sign", 8192, steps=20)), batch=16
+        ),
     },
     "banking77": {
         "adam": Method((3e-4, 1e-3), 120, batch=6),
         "no local steps, 1 bit": Method((1e-3, 3e-3), 120, {"run": {"rounds": 120}}, batch=6),
         "fedavg": Method((3e-4, 1e-3), 4),
-        "local steps, 1 bit": Method((1e-3, 3e-3), 4, local(4, "sign", 65536, epochs=1)),
+        "local steps on weights, 1 bit": Method(
+            (1e-4, 3e-4), 4, on_weights(local(4, "sign", 65536, epochs=1))
+        ),
     },
 }
 
