@@ -12,12 +12,12 @@ from math import ceil
 import torch
 from torch import nn
 
-from experiments import federation
+from experiments import federation, packing, quick
 from experiments.federation import Point
 from lorand.config import ModelSection
 from lorand_worker import model
 from lorand_worker.data import Examples, Sampler
-from lorand_worker.tasks import Classification
+from lorand_worker.tasks import Score
 
 HEAD = 16.0
 
@@ -36,13 +36,15 @@ class _Setting:
             tensor.requires_grad_(True)
         self._new = loaded.new_names
 
-        def task(examples: Examples) -> Classification:
-            trainable, length = set(self.weights), section.max_length
-            return Classification(loaded, examples, trainable=trainable, max_length=length)
-
-        self.tasks = [task(shard) for shard in shards]
-        self.scored = task(scored)
+        self._upper = quick.Upper(loaded.module, int(section.trainable[len("last:") :]), _nothing)
+        texts = [packing.texts(loaded, shard, section) for shard in shards]
+        self.losses = [quick.alone(self._upper, part) for part in texts]
+        self._scored = packing.texts(loaded, scored, section)
         self.bytes = sum(4 * tensor.numel() for tensor in self.weights.values())
+
+    def score(self) -> Score:
+        """Return accuracy and loss on the scored examples."""
+        return quick.score(self._upper, self._scored)
 
     def groups(self, learning_rate: float) -> list[dict[str, object]]:
         """Return the parameter groups of an optimizer: the head apart."""
@@ -84,19 +86,19 @@ def fedavg(
     forwards = 3 * epochs * max(ceil(len(shard) / batch_size) for shard in shards)
     for done in range(rounds + 1):
         spent = time.monotonic() - started
-        score = setting.scored.score()
+        score = setting.score()
         size = done * setting.bytes
         points.append(Point(done, score, done * forwards, size, size, round(spent, 2)))
         if done == rounds:
             break
         before = {name: tensor.detach().clone() for name, tensor in setting.weights.items()}
         mean = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
-        for task, sampler, shard in zip(setting.tasks, samplers, shards, strict=True):
+        for loss, sampler, shard in zip(setting.losses, samplers, shards, strict=True):
             _put(setting.weights, before)
             rate = learning_rate * (1 - done / rounds)
             optimizer = torch.optim.AdamW(setting.groups(rate))
             for _ in range(epochs * ceil(len(shard) / batch_size)):
-                setting.step(optimizer, [task.loss(sampler.batch())])
+                setting.step(optimizer, [loss(sampler.batch())])
             for name, tensor in setting.weights.items():
                 mean[name].add_(tensor.detach(), alpha=len(shard) / total)
         _put(setting.weights, mean)
@@ -124,12 +126,12 @@ def adam(
     for done in range(rounds + 1):
         if done in evaluate_at:
             spent = time.monotonic() - started
-            score = setting.scored.score()
+            score = setting.score()
             size = done * setting.bytes
             points.append(Point(done, score, 3 * done, size, size, round(spent, 2)))
         if done < rounds:
-            pairs = zip(setting.tasks, samplers, strict=True)
-            setting.step(optimizer, [task.loss(sampler.batch()) for task, sampler in pairs])
+            pairs = zip(setting.losses, samplers, strict=True)
+            setting.step(optimizer, [loss(sampler.batch()) for loss, sampler in pairs])
             schedule.step()
     return points
 
@@ -139,6 +141,10 @@ def _samplers(shards: Sequence[Examples], batch_size: int, seed: int) -> list[Sa
         Sampler(len(shard), batch_size, random.Random(f"{seed}/{i}"))
         for i, shard in enumerate(shards)
     ]
+
+
+def _nothing() -> None:
+    """The weights are up to date already."""
 
 
 @torch.no_grad()

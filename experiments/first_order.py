@@ -18,16 +18,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
-from experiments import averaging, banking77, federation, uci_sentiment
-from experiments.cells import Cell, Store, best
+from experiments import averaging, banking77, federation, plots, uci_sentiment
+from experiments.cells import Cell, Store, best, mean_and_error
 from experiments.federation import Point
 from lorand.config import RunConfig
 from lorand_coordinator import presets
 from lorand_worker.data import Examples
 
 TUNING_SEED = 100
+SEEDS = range(5)
+PEERS = ("fedavg", "adam")
 STORE = Store("first_order", __doc__.split("\n\n", maxsplit=1)[0])
 Settings = dict[str, dict[str, Any]]
 
@@ -50,7 +53,7 @@ class Method:
     rounds: int
     changes: Settings | None = None
     batch: int = 0
-    target: str = ""
+    quick: bool = True
 
 
 def local(rounds: int, up: str, size: int, **steps: int) -> Settings:
@@ -65,21 +68,31 @@ def local(rounds: int, up: str, size: int, **steps: int) -> Settings:
     }
 
 
-RATES = (3e-4, 1e-3, 3e-3)
+def on_weights(changes: Settings) -> Settings:
+    """Return the same with steps on all weights, as Ferret takes them; directions all alike."""
+    directions = {**changes["directions"], "head_scale": 1.0}
+    return {
+        **changes,
+        "directions": directions,
+        "local": {**changes["local"], "space": "weights"},
+    }
+
+
 METHODS: dict[str, dict[str, Method]] = {
     "uci": {
         "fedavg": Method((1e-4, 3e-4, 1e-3), 5),
-        "local steps, int8": Method(RATES, 5, local(5, "int8", 4096, epochs=1)),
-        "local steps, 1 bit": Method(RATES, 5, local(5, "sign", 4096, epochs=1)),
-        "no local steps, 1 bit": Method(
-            RATES, 15, {"run": {"rounds": 15}, "directions": {"pool_size": 4096}}
+        "local steps, 1 bit": Method((1e-4, 3e-4, 1e-3), 5, local(5, "sign", 4096, epochs=1)),
+        "local steps on weights, 1 bit": Method(
+            (3e-5, 1e-4, 3e-4), 8, on_weights(local(8, "sign", 8192, steps=20)), batch=16
         ),
     },
     "banking77": {
         "adam": Method((3e-4, 1e-3), 120, batch=6),
         "no local steps, 1 bit": Method((1e-3, 3e-3), 120, {"run": {"rounds": 120}}, batch=6),
-        "fedavg": Method((3e-4, 1e-3), 5),
-        "local steps, 1 bit": Method((1e-3, 3e-3), 5, local(5, "sign", 65536, epochs=1)),
+        "fedavg": Method((3e-4, 1e-3), 4),
+        "local steps on weights, 1 bit": Method(
+            (1e-4, 3e-4), 4, on_weights(local(4, "sign", 65536, epochs=1))
+        ),
     },
 }
 
@@ -143,6 +156,7 @@ def points(name: str, row: str, rate: float, seed: int, held_out: bool) -> list[
                 scored,
                 seed=seed % 100,
                 evaluate_at=marks(method.rounds),
+                quick=method.quick,
             )
         section = config_of(task, Method((), 1, {}), 1.0).model
         peer = (
@@ -170,20 +184,94 @@ def tuned(name: str, row: str) -> float:
     return best({r: points(name, row, r, TUNING_SEED, True)[-1].score.loss for r in rates})
 
 
+def reported(name: str, row: str) -> list[list[Point]]:
+    """Return the curves of the seeds that the results hold, at the rate that tuning chose."""
+    cells = [c for c in STORE.read()["cells"] if (c["method"], c["task"]) == (row, name)]
+    tried = {c["learning_rate"]: c["points"][-1][5] for c in cells if c["purpose"] == "tune"}
+    if len(tried) < len(METHODS[name][row].rates):
+        return []
+    cell_of = partial(Cell, row, name, best(tried), purpose="report")
+    found = (STORE.points(cell_of(seed=seed)) for seed in SEEDS)
+    return [curve for curve in found if curve]
+
+
+def peak(curves: list[list[Point]]) -> int:
+    """Return the place of the round with the best mean accuracy."""
+    means = [fmean(p.score.accuracy for p in at) for at in zip(*curves, strict=True)]
+    return means.index(max(means))
+
+
+def write() -> None:
+    """Write the page and the plot from the results."""
+    lines = ["# first_order", "", *__doc__.split("\n\n")[:2], ""]
+    panels = []
+    for name, methods in METHODS.items():
+        found = {row: curves for row in methods if (curves := reported(name, row))}
+        if not found:
+            continue
+        lines += [f"## {name}", "", *table(name, found), ""]
+        drawn = [curve_of(row, curves) for row, curves in found.items()]
+        across = "bytes a worker, up and down"
+        panels.append(plots.Panel(name, across, "accuracy, test", drawn))
+    if panels:
+        plots.draw(STORE.path.with_suffix(".png"), [panels], height=3.4)
+        lines += ["![accuracy against bytes](first_order.png)", ""]
+    STORE.write_text("\n".join([*lines, STORE.origin()]))
+
+
+def curve_of(row: str, curves: list[list[Point]]) -> plots.Curve:
+    """Return mean accuracy and standard error against bytes."""
+    both = [mean_and_error([p.score.accuracy for p in at]) for at in zip(*curves, strict=True)][1:]
+    x = [p.bytes_up + p.bytes_down for p in curves[0][1:]]
+    return plots.Curve(row, x, [mean for mean, _ in both], [error for _, error in both])
+
+
+def table(name: str, found: dict[str, list[list[Point]]]) -> list[str]:
+    """Return a line a method: its last and its best round, and its share of the peers' best."""
+    peers = {row: _accuracy(found[row], peak(found[row])) for row in found if row in PEERS}
+    lines = [
+        "| method | seeds | last round | accuracy | best round | accuracy | bytes by then | "
+        + " | ".join(f"of {peer}'s best" for peer in peers)
+        + " |",
+        "|---" * (7 + len(peers)) + "|",
+    ]
+    for row, curves in found.items():
+        at = peak(curves)
+        last, most = curves[0][-1], curves[0][at]
+        shares = [f"{_accuracy(curves, at)[0] / best_of[0]:.3f}" for best_of in peers.values()]
+        lines.append(
+            f"| {row} | {len(curves)} | {last.committed} | {_show(_accuracy(curves, -1))} | "
+            f"{most.committed} | {_show(_accuracy(curves, at))} | "
+            f"{most.bytes_up + most.bytes_down:,} | " + " | ".join(shares) + " |"
+        )
+    return lines
+
+
+def _accuracy(curves: list[list[Point]], at: int) -> tuple[float, float]:
+    return mean_and_error([curve[at].score.accuracy for curve in curves])
+
+
+def _show(found: tuple[float, float]) -> str:
+    return f"{found[0]:.3f} ± {found[1]:.3f}"
+
+
 def main() -> None:
-    """Fill the cells and write the table."""
+    """Fill the cells and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", nargs="+", default=list(METHODS))
     parser.add_argument("--rows", nargs="+", default=[])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--write", action="store_true", help="run nothing")
     options = parser.parse_args()
-    for name in options.tasks:
+    for name in options.tasks if not options.write else []:
         for row in options.rows or METHODS[name]:
             rate = tuned(name, row)
             print(f"{name}, {row}: rate {rate:g}", flush=True)
             for seed in () if options.tune else options.seeds:
                 points(name, row, rate, seed, False)
+            write()
+    write()
 
 
 if __name__ == "__main__":
