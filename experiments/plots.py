@@ -12,6 +12,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = "osD^vPX*<>"
+LEGEND_COLUMNS = 4
+WIDE = 300.0
+"""A ratio of the largest to the smallest x from which on only powers of ten are labelled."""
 COLOURS = ("#000000", "#1b6f6a", "#a4508b", "#c47f17", "#4a6fb5", "#7f7f7f")
 
 
@@ -57,7 +60,7 @@ def draw(path: Path, rows: Sequence[Sequence[Panel]], height: float = 3.0) -> No
         handles.values(),
         handles,
         loc="outside lower center",
-        ncols=min(5, len(handles)),
+        ncols=min(LEGEND_COLUMNS, len(handles)),
         frameon=False,
         handlelength=4,
     )
@@ -86,7 +89,9 @@ def _panel(axes: Axes, panel: Panel, labels: dict[str, int]) -> None:
     if panel.level is not None:
         axes.axhline(panel.level, color="black", linewidth=0.7)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    places = [x for curve in panel.curves for x in curve.x if x > 0]
+    wide = bool(places) and max(places) / min(places) > WIDE
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0), numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(_short))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_title(panel.title, fontsize=9)
@@ -97,7 +102,7 @@ def _panel(axes: Axes, panel: Panel, labels: dict[str, int]) -> None:
 
 
 def _short(value: float, _: int) -> str:
-    for size, name in ((1e6, "M"), (1e3, "k")):
+    for size, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:g}{name}"
     return f"{value:g}"
