@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
+from tests.run_text import MINIMAL, config_of, text_of
 
 from lorand.config import ADDED_LATER, RunConfig, load
 from lorand.directions import pool_key
@@ -17,34 +18,9 @@ from lorand.errors import ConfigError
 from lorand.manifest import Identity, Manifest, TensorSpec, run_digest
 from lorand.schedules import Schedule, factor
 
-MINIMAL: Final = {
-    "run": "name = 'sentiment'\nrounds = 40",
-    "model": "name = 'some/model'",
-    "task": "labels = ['negative', 'positive']",
-    "estimator": "kind = 'spsa'",
-    "optimizer": "learning_rate = 0.01",
-    "rounds": "quorum = 3",
-}
-
+# ------------------------------------------------------------- identity
 
 IDENTITY: Final = Identity(b"\1" * 32, b"\2" * 32, Manifest((TensorSpec("w", (2, 3), "float32"),)))
-
-
-def text_of(**changes: str) -> str:
-    """The minimal run file with lines added to its sections, or put in place of theirs."""
-    text = ""
-    for name in dict.fromkeys([*MINIMAL, *changes]):
-        lines = [*MINIMAL.get(name, "").splitlines(), *changes.get(name, "").splitlines()]
-        settings_of = {line.partition("=")[0]: line for line in lines}
-        text += "\n".join([f"[{name}]", *settings_of.values(), ""])
-    return text
-
-
-def config_of(**changes: str) -> RunConfig:
-    return RunConfig.parse(text_of(**changes))
-
-
-# ------------------------------------------------------------- identity
 
 
 def test_the_digest_is_pinned() -> None:
@@ -336,131 +312,6 @@ def test_a_wrong_setting_is_named_with_what_to_do(
     assert len(rest) == 1
     assert field in rest[0]
     assert remedy in rest[0]
-
-
-@pytest.mark.parametrize(
-    ("sections", "field", "remedy"),
-    [
-        (
-            {"estimator": "batch_size = 16\nmax_batch_size = 8"},
-            "estimator.max_batch_size is below batch_size",
-            "or set it to 0",
-        ),
-        (
-            {"estimator": "max_batch_size = 64", "directions": 'mode = "own"'},
-            "estimator.max_batch_size and max_directions_per_round follow",
-            'needs directions.mode = "shared"',
-        ),
-        (
-            {"estimator": 'kind = "backprop"', "directions": 'mode = "own"'},
-            'estimator "backprop"',
-            'set directions.mode = "shared"',
-        ),
-        (
-            {"directions": 'family = "independent"\npool_size = 8192'},
-            "directions.family",
-            'use "hadamard" above 4096',
-        ),
-        (
-            {"codec": 'up = "sign"\nrounding = "unbiased"'},
-            "codec.up",
-            'set codec.rounding = "nearest"',
-        ),
-        (
-            {"run": "rounds = 5", "optimizer": "warmup_rounds = 5"},
-            "optimizer.warmup_rounds = 5",
-            "make it smaller",
-        ),
-        (
-            {"rounds": 'aggregation = "majority"', "directions": 'mode = "own"'},
-            "rounds.aggregation",
-            'directions.mode = "shared"',
-        ),
-        (
-            {"local": "steps = 600"},
-            "estimator.directions_per_round (times local.steps)",
-            "larger than directions.pool_size",
-        ),
-        (
-            {"estimator": 'kind = "backprop"', "directions": 'drawing = "weighted"'},
-            'estimator "backprop" reports the whole pool',
-            'set directions.drawing = "uniform"',
-        ),
-        (
-            {"directions": "rotate_every = 2", "model": 'dtype = "bfloat16"'},
-            "directions.rotate_every",
-            'set model.dtype = "float32"',
-        ),
-        (
-            {"directions": "rotate_every = 2", "model": 'quantisation = "int8"'},
-            "directions.rotate_every",
-            'model.quantisation = "none"',
-        ),
-        (
-            {"directions": 'rotate_every = 2\ndrawing = "weighted-unbiased"'},
-            "weights of directions are learned on one pool",
-            "set directions.rotate_every = 0",
-        ),
-        (
-            {"estimator": 'kind = "backprop"', "local": "steps = 1\nepochs = 1"},
-            "local.steps and local.epochs",
-            "set one of them to 0",
-        ),
-        (
-            {"local": "epochs = 1"},
-            "local.epochs",
-            'set local.steps, or estimator.kind = "backprop"',
-        ),
-        (
-            {"local": 'steps = 1\nspace = "weights"'},
-            'local.space = "weights"',
-            'set estimator.kind = "backprop" and local.steps',
-        ),
-        (
-            {"estimator": 'kind = "backprop"', "local": 'space = "weights"'},
-            'local.space = "weights"',
-            'set estimator.kind = "backprop" and local.steps',
-        ),
-        (
-            {"local": "steps = 1", "codec": 'up = "log8"'},
-            "a scale of its own",
-            'set codec.up = "int8", "sign" or "int32"',
-        ),
-        (
-            {"local": "steps = 1", "rounds": 'aggregation = "majority"'},
-            'rounds.aggregation = "majority" votes on scalars',
-            'rounds.aggregation = "mean"',
-        ),
-    ],
-    ids=[
-        "small growth",
-        "growth of own",
-        "backprop with own directions",
-        "a large independent pool",
-        "unbiased signs",
-        "nothing but warm-up",
-        "a majority on directions of one's own",
-        "more steps than directions",
-        "backprop with weighted directions",
-        "rotation in bfloat16",
-        "rotation of a quantised base",
-        "rotation of weighted directions",
-        "steps and epochs",
-        "epochs without gradients",
-        "weights without gradients",
-        "weights without steps",
-        "local steps in log8",
-        "a majority of local steps",
-    ],
-)
-def test_settings_that_do_not_go_together(
-    sections: dict[str, str], field: str, remedy: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        config_of(**sections)
-    assert field in str(caught.value)
-    assert remedy in str(caught.value)
-    assert len(str(caught.value).split("\n")) == 2, "one reason"
 
 
 @pytest.mark.parametrize("name", MINIMAL)

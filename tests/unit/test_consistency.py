@@ -1,0 +1,131 @@
+"""Settings that are valid each by itself and cannot go together (`lorand.consistency`)."""
+
+import pytest
+from tests.run_text import config_of
+
+from lorand.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("sections", "field", "remedy"),
+    [
+        (
+            {"estimator": "batch_size = 16\nmax_batch_size = 8"},
+            "estimator.max_batch_size is below batch_size",
+            "or set it to 0",
+        ),
+        (
+            {"estimator": "max_batch_size = 64", "directions": 'mode = "own"'},
+            "estimator.max_batch_size and max_directions_per_round follow",
+            'needs directions.mode = "shared"',
+        ),
+        (
+            {"estimator": 'kind = "backprop"', "directions": 'mode = "own"'},
+            'estimator "backprop"',
+            'set directions.mode = "shared"',
+        ),
+        (
+            {"directions": 'family = "independent"\npool_size = 8192'},
+            "directions.family",
+            'use "hadamard" above 4096',
+        ),
+        (
+            {"codec": 'up = "sign"\nrounding = "unbiased"'},
+            "codec.up",
+            'set codec.rounding = "nearest"',
+        ),
+        (
+            {"run": "rounds = 5", "optimizer": "warmup_rounds = 5"},
+            "optimizer.warmup_rounds = 5",
+            "make it smaller",
+        ),
+        (
+            {"rounds": 'aggregation = "majority"', "directions": 'mode = "own"'},
+            "rounds.aggregation",
+            'directions.mode = "shared"',
+        ),
+        (
+            {"local": "steps = 600"},
+            "estimator.directions_per_round (times local.steps)",
+            "larger than directions.pool_size",
+        ),
+        (
+            {"estimator": 'kind = "backprop"', "directions": 'drawing = "weighted"'},
+            'estimator "backprop" reports the whole pool',
+            'set directions.drawing = "uniform"',
+        ),
+        (
+            {"directions": "rotate_every = 2", "model": 'dtype = "bfloat16"'},
+            "directions.rotate_every",
+            'set model.dtype = "float32"',
+        ),
+        (
+            {"directions": "rotate_every = 2", "model": 'quantisation = "int8"'},
+            "directions.rotate_every",
+            'model.quantisation = "none"',
+        ),
+        (
+            {"directions": 'rotate_every = 2\ndrawing = "weighted-unbiased"'},
+            "weights of directions are learned on one pool",
+            "set directions.rotate_every = 0",
+        ),
+        (
+            {"estimator": 'kind = "backprop"', "local": "steps = 1\nepochs = 1"},
+            "local.steps and local.epochs",
+            "set one of them to 0",
+        ),
+        (
+            {"local": "epochs = 1"},
+            "local.epochs",
+            'set local.steps, or estimator.kind = "backprop"',
+        ),
+        (
+            {"local": 'steps = 1\nspace = "weights"'},
+            'local.space = "weights"',
+            'set estimator.kind = "backprop" and local.steps',
+        ),
+        (
+            {"estimator": 'kind = "backprop"', "local": 'space = "weights"'},
+            'local.space = "weights"',
+            'set estimator.kind = "backprop" and local.steps',
+        ),
+        (
+            {"local": "steps = 1", "codec": 'up = "log8"'},
+            "a scale of its own",
+            'set codec.up = "int8", "sign" or "int32"',
+        ),
+        (
+            {"local": "steps = 1", "rounds": 'aggregation = "majority"'},
+            'rounds.aggregation = "majority" votes on scalars',
+            'rounds.aggregation = "mean"',
+        ),
+    ],
+    ids=[
+        "small growth",
+        "growth of own",
+        "backprop with own directions",
+        "a large independent pool",
+        "unbiased signs",
+        "nothing but warm-up",
+        "a majority on directions of one's own",
+        "more steps than directions",
+        "backprop with weighted directions",
+        "rotation in bfloat16",
+        "rotation of a quantised base",
+        "rotation of weighted directions",
+        "steps and epochs",
+        "epochs without gradients",
+        "weights without gradients",
+        "weights without steps",
+        "local steps in log8",
+        "a majority of local steps",
+    ],
+)
+def test_settings_that_do_not_go_together(
+    sections: dict[str, str], field: str, remedy: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of(**sections)
+    assert field in str(caught.value)
+    assert remedy in str(caught.value)
+    assert len(str(caught.value).split("\n")) == 2, "one reason"
