@@ -1,4 +1,4 @@
-"""Claim: with a normalised step one learning rate serves several models; without, it does not.
+"""Question: does one learning rate serve several models with a normalised step, and without?
 
 The preset lorand-zo (forward passes only, 8 scalars a worker and round, one byte each) on Subj over
 two workers, with one learning rate and a quarter and four times of it, on models and trainable sets

@@ -137,11 +137,7 @@ class ModelBench:
         self._work = local_steps.build(config, base.replica, base.loaded.module)
         self._sampler = Sampler(len(examples), config.estimator.batch_size, source)
         batch = min(len(examples), config.estimator.batch_size)
-        self._watch = (  # where steps led is no longer a difference of two losses
-            None
-            if config.local.taken
-            else FloorWatch(config, (forward or Forward()).precision, batch)
-        )
+        self._watch = FloorWatch(config, (forward or Forward()).precision, batch)
 
     @property
     def examples(self) -> int:
@@ -161,8 +157,7 @@ class ModelBench:
         """See Bench."""
         batches = partial(self._sampler.batch, order.batch_size)
         measured = self._work.do(self._task.loss, batches, order, len(self._task))
-        if self._watch is not None:
-            self._watch.see(measured)
+        self._watch.see(measured)
         return measured
 
     def score(self) -> Score:

@@ -18,7 +18,7 @@ from lorand.directions import SHARED, Indices, draw
 from lorand.errors import DataError
 from lorand.replica import Replica
 from lorand_worker.data import Sampler
-from lorand_worker.estimators import Estimator, Loss, NonFiniteLoss
+from lorand_worker.estimators import Estimator, Loss, finite
 
 MULTIPLES: Final = (0.1, 1.0, 10.0)
 """Of the run's perturbation scale, at which losses are compared."""
@@ -27,6 +27,7 @@ FEW_BATCHES: Final = 2
 LINE_TRIES: Final = 3
 SECOND_DIFFERENCE_STEP: Final = 0.01
 """μ at which curvature is measured where the estimator has none of its own."""
+ADVICE: Final = ": lower estimator.perturbation_scale, or check the model and its dtype"
 
 Batch = list[int]
 
@@ -215,10 +216,4 @@ def _mean(loss: Loss, batches: Sequence[Batch]) -> float:
 
 
 def _finite(value: torch.Tensor) -> float:
-    number = float(value)
-    if not np.isfinite(number):
-        raise NonFiniteLoss(
-            f"the loss of a batch is {number}: lower estimator.perturbation_scale, or check the "
-            "model and its dtype"
-        )
-    return number
+    return finite(value, ADVICE)

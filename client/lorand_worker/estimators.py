@@ -207,9 +207,9 @@ def build(config: RunConfig, replica: Replica, module: nn.Module) -> Estimator:
             return Backprop(replica)
 
 
-def finite(value: torch.Tensor) -> float:
-    """Return a loss as a number. Raises NonFiniteLoss when it is none."""
+def finite(value: torch.Tensor, advice: str = "") -> float:
+    """Return a loss as a number. Raises NonFiniteLoss, with the advice, when it is none."""
     number = float(value)
     if not math.isfinite(number):
-        raise NonFiniteLoss(f"the loss of this batch is {number}")
+        raise NonFiniteLoss(f"the loss of this batch is {number}{advice}")
     return number

@@ -51,8 +51,10 @@ class FloorWatch:
         """`batch` is the number of examples behind a loss."""
         self._dtype = passes_dtype(config, precision)
         self._batch = batch
-        # Zero where scalars are slopes, not differences of losses: nothing to watch.
-        self._step = {"spsa": 2.0, "one-sided": 1.0}.get(config.estimator.kind, 0.0)
+        # Zero where what is reported is no difference of two losses, but a slope or where local
+        # steps led: nothing to watch.
+        passes = {"spsa": 2.0, "one-sided": 1.0}.get(config.estimator.kind, 0.0)
+        self._step = 0.0 if config.local.taken else passes
         self._step *= config.estimator.perturbation_scale
         self._seen = 0
         self._below = 0

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from lorand import schedules
 from lorand.codec import Floats
 from lorand.coefficients import MOVE_LIMIT, add
 from lorand.config import LocalSection, RunConfig
@@ -163,14 +162,7 @@ def steps(config: RunConfig, examples: int) -> int:
 
 def rate(config: RunConfig, committed: int) -> float:
     """Return the local learning rate of the next round."""
-    settings = config.optimizer
-    return config.local.learning_rate * schedules.factor(
-        settings.schedule,
-        committed,
-        config.run.rounds,
-        settings.warmup_rounds,
-        settings.refined,
-    )
+    return config.local.learning_rate * config.rate_factor(committed)
 
 
 def check(config: RunConfig) -> None:

@@ -5,7 +5,6 @@ here at signs under a fixed key, so that it is the same bits on every machine an
 of torch; the base digest covers it.
 """
 
-import logging
 import math
 import warnings
 from typing import Any, Final
@@ -18,6 +17,7 @@ from lorand.kernels.reference import signs
 from lorand.layers import blocks
 from lorand.manifest import select_trainable
 from lorand.sections import ModelSection
+from lorand_worker.libraries import optional
 
 KEY: Final = (0x4C6F5261, 0x6E644164)
 """Key of the signs that adapters start at ("LoRa", "ndAd")."""
@@ -73,7 +73,8 @@ def _targets(module: nn.Module, section: ModelSection) -> list[str]:
 
 def _tuner(section: ModelSection) -> tuple[Any, Any]:
     """PEFT's class that puts adapters into a module, and what makes its settings of targets."""
-    peft = library()
+    needed = "model.adapter trains adapters of the peft library, which is not installed"
+    peft: Any = optional("peft", needed, "peft")
     rank = section.adapter_rank
     alpha = section.adapter_alpha or ALPHA[section.adapter] * rank
 
@@ -116,20 +117,3 @@ def merge(module: nn.Module) -> None:
             layer.merge()
             parent, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(parent), attribute, layer.get_base_layer())
-
-
-def library() -> Any:
-    """Return the peft library. Raises ModelError when it is not installed."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it tells of optional parts that are not used here
-    try:
-        import peft
-    except ImportError as error:
-        raise ModelError(
-            "model.adapter trains adapters of the peft library, which is not installed: "
-            "pip install 'lorand[peft]'"
-        ) from error
-    finally:
-        logger.setLevel(level)
-    return peft

@@ -7,7 +7,6 @@ et al., NeurIPS 2022), nf4 QLoRA's normal-float code in blocks of 64 (Dettmers e
 2023), 4.5 bits a weight.
 """
 
-import logging
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import nn
 from lorand.config import Quantisation
 from lorand.errors import ModelError
 from lorand.layers import Absent, blocks, slots
+from lorand_worker.libraries import optional
 
 NF4_BLOCK = 64
 
@@ -105,16 +105,5 @@ def expand(module: nn.Module, stored: dict[str, Quantised]) -> None:
 
 def _library() -> Any:
     """bitsandbytes.functional. Raises ModelError when it is not installed."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it tells of optional parts that are not used here
-    try:
-        from bitsandbytes import functional
-    except ImportError as error:
-        raise ModelError(
-            "the base model of this run is quantised, which needs bitsandbytes: "
-            "pip install 'lorand[quantised]'"
-        ) from error
-    finally:
-        logger.setLevel(level)
-    return functional
+    needed = "the base model of this run is quantised, which needs bitsandbytes"
+    return optional("bitsandbytes.functional", needed, "quantised")

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from lorand import schedules
 from lorand.codec import Codec, DeltaCodec, Rounding
 from lorand.coefficients import check_size, quanta
 from lorand.consistency import refusals
@@ -255,6 +256,17 @@ class RunConfig(Section):
     def perturbation_quanta(self) -> int:
         """The perturbation scale μ as an integer number of quanta, c = μ/u."""
         return quanta(self.estimator.perturbation_scale, self.directions.quantum_exponent)
+
+    def rate_factor(self, committed: int) -> float:
+        """Return the schedule's factor on the learning rate of the round after so many commits."""
+        settings = self.optimizer
+        return schedules.factor(
+            settings.schedule,
+            committed,
+            self.run.rounds,
+            settings.warmup_rounds,
+            settings.refined,
+        )
 
     def draws(self, run_digest: bytes) -> Draws:
         """Return the directions of the rounds of this run."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lorand import codec, schedules
+from lorand import codec
 from lorand.codec import Codes, Floats
 from lorand.coefficients import Coefficients, add, zeros
 from lorand.config import RunConfig
@@ -102,7 +102,7 @@ def advance(
             state.pace,
             state.scale_exponent,
             [reports[worker] for worker in sorted(reports)],
-            _factor(config, state),
+            config.rate_factor(state.committed),
         ),
     )
     if config.pool_after(after.committed) != config.pool_after(state.committed):
@@ -128,7 +128,7 @@ def _step(config: RunConfig, state: State, estimate: Estimate) -> tuple[State, F
     settings = config.optimizer
     rate = settings.learning_rate
     if not estimate.walked:
-        rate *= _factor(config, state)
+        rate *= config.rate_factor(state.committed)
     if settings.kind == "adam":
         return _adam(config, state, estimate, rate)
     at, values = estimate.indices, estimate.values
@@ -141,17 +141,6 @@ def _step(config: RunConfig, state: State, estimate: Estimate) -> tuple[State, F
         return moved, np.zeros_like(values)
     typical = np.sqrt(moved.spread / moved.spread_weight)
     return moved, -rate / np.sqrt(estimate.measured) * first[at] / typical
-
-
-def _factor(config: RunConfig, state: State) -> float:
-    settings = config.optimizer
-    return schedules.factor(
-        settings.schedule,
-        state.committed,
-        config.run.rounds,
-        settings.warmup_rounds,
-        settings.refined,
-    )
 
 
 def _spread_after(config: RunConfig, state: State, values: Floats) -> State:
