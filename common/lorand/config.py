@@ -23,7 +23,7 @@ from lorand.manifest import Identity
 from lorand.schedules import REFINED_POINTS, Schedule
 from lorand.sections import ModelSection as ModelSection
 from lorand.sections import Quantisation as Quantisation
-from lorand.sections import Section
+from lorand.sections import Section, SubspaceSection
 from lorand.sections import TaskSection as TaskSection
 
 PROTOCOL_VERSION = 1
@@ -54,6 +54,19 @@ ADDED_LATER: Final[dict[str, dict[str, object]]] = {
     "estimator": {"max_batch_size": 0, "max_directions_per_round": 0},
     "rounds": {"aggregation": "mean"},
     "directions": {"scale_rule": "head", "drawing": "uniform", "rotate_every": 0},
+    "subspace": {
+        "kind": "full",
+        "rank": 8,
+        "rank_rule": "fixed",
+        "targets": "",
+        "scale": 1.0,
+        "selection": "drawn",
+        "refresh_every": 0,
+        "lazy": False,
+        "state": "none",
+        "probe": False,
+        "switch_off": False,
+    },
     "local": {
         "steps": 0,
         "epochs": 0,
@@ -216,6 +229,7 @@ class RunConfig(Section):
     directions: DirectionsSection = DirectionsSection()
     estimator: EstimatorSection
     local: LocalSection = LocalSection()
+    subspace: SubspaceSection = SubspaceSection()
     codec: CodecSection = CodecSection()
     optimizer: OptimizerSection
     rounds: RoundsSection

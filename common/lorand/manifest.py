@@ -14,12 +14,16 @@ LOCK_FORMAT: Final = "lorand/run.lock/v1"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One trainable tensor; `scale_exponent` s multiplies its part of every direction by 2^s."""
+    """One trainable tensor; `scale_exponent` s multiplies its part of every direction by 2^s.
+
+    `rank` is that of the subspace in which directions act on a matrix; 0: they act on all of it.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     scale_exponent: int = 0
+    rank: int = 0
 
     @property
     def size(self) -> int:
@@ -37,12 +41,19 @@ class Manifest:
     tensors: tuple[TensorSpec, ...]
 
     def __post_init__(self) -> None:
-        """Raise ModelError unless names are sorted, distinct and not too many."""
+        """Raise ModelError unless names are sorted, distinct, not too many, and ranks fit."""
         names = [tensor.name for tensor in self.tensors]
         if names != sorted(set(names)):
             raise ModelError("a manifest lists each trainable tensor once, sorted by name")
         if not 0 < len(names) <= MAX_TENSORS:
             raise ModelError(f"a run trains 1 to {MAX_TENSORS} tensors, not {len(names)}")
+        for tensor in self.tensors:
+            if tensor.rank and (len(tensor.shape) != 2 or not 0 < tensor.rank < min(tensor.shape)):
+                raise ModelError(
+                    f"{tensor.name!r} of shape {tensor.shape} has no subspace of rank "
+                    f"{tensor.rank}: a rank is below both sides of a matrix; set subspace.rank or "
+                    "subspace.targets"
+                )
 
     @property
     def num_weights(self) -> int:
@@ -51,7 +62,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the canonical text: what the digest is taken of."""
-        rows = [[t.name, list(t.shape), t.dtype, t.scale_exponent] for t in self.tensors]
+        rows = [
+            [t.name, list(t.shape), t.dtype, t.scale_exponent, *([t.rank] if t.rank else [])]
+            for t in self.tensors
+        ]
         return json.dumps(rows, separators=(",", ":"), ensure_ascii=True)
 
     @staticmethod
@@ -61,7 +75,8 @@ class Manifest:
             rows = json.loads(text)
             return Manifest(
                 tuple(
-                    TensorSpec(str(n), tuple(map(int, sh)), str(d), int(s)) for n, sh, d, s in rows
+                    TensorSpec(str(n), tuple(map(int, sh)), str(d), int(s), *map(int, rank))
+                    for n, sh, d, s, *rank in rows
                 )
             )
         except (ValueError, TypeError) as error:

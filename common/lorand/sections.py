@@ -1,11 +1,14 @@
-"""The sections of a run file that say what is learned: [model] and [task]."""
+"""The sections of a run file that say what is learned, and where: [model], [task], [subspace]."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Quantisation = Literal["none", "int8", "nf4"]
 TaskKind = Literal["classification", "label-words", "causal-lm"]
+SubspaceKind = Literal["full", "coordinate", "dct", "svd"]
+StateKind = Literal["none", "adam", "frugal", "fira"]
 
 TEXT, MASK = "{text}", "{mask}"
 """Placeholders of a template; every other character stands for itself, braces included."""
@@ -102,3 +105,47 @@ class TaskSection(Section):
     def _check_template(self, example: str) -> None:
         if self.template.count(TEXT) != 1:
             raise ValueError(f"template must have {TEXT} exactly once, {example}")
+
+
+class SubspaceSection(Section):
+    """The subspace of each matrix in which directions act; see `lorand.subspaces`."""
+
+    kind: SubspaceKind = "full"
+    rank: Annotated[int, Field(ge=1, le=2048)] = 8
+    rank_rule: Literal["fixed", "welore"] = "fixed"
+    targets: str = ""
+    scale: float = 1.0
+    selection: Literal["drawn", "voted"] = "drawn"
+    refresh_every: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    lazy: bool = False
+    state: StateKind = "none"
+    probe: bool = False
+    switch_off: bool = False
+
+    @field_validator("targets")
+    @classmethod
+    def _is_a_pattern(cls, targets: str) -> str:
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return targets
+
+    @field_validator("scale")
+    @classmethod
+    def _power_of_two(cls, scale: float) -> float:
+        if scale not in {2.0**s for s in range(-10, 11)}:
+            raise ValueError("scale is a power of two from 2^-10 to 2^10")
+        return scale
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _not_an_adapter(cls, kind: object) -> object:
+        if kind == "lora":
+            raise ValueError('LoRA layers are an adapter: set model.adapter = "lora"')
+        if kind == "galore":
+            raise ValueError(
+                '"galore" takes its basis from an SVD, whose bits differ between machines: use '
+                'selection = "voted" with kind = "coordinate", or "svd" inside of local steps'
+            )
+        return kind
