@@ -6,14 +6,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from lorand.subspaces.state_optimizers import Settings
+from torch import nn
 
-from lorand import layers
+from lorand import layers, ledger
 from lorand.config import RunConfig
+from lorand.directions import Pool
 from lorand.errors import ConfigError
 from lorand.layerwise import LayerwiseReplica
 from lorand.ledger import Position
 from lorand.manifest import Identity, Manifest
-from lorand.replica import DTYPES, CopyReplica, Replica
+from lorand.replica import DTYPES, CopyReplica, Replica, WholeReplica
+from lorand.subspaces import periods
+from lorand.subspaces.replica import SubspaceReplica
+from lorand.subspaces.state import ReplicatedState
 from lorand_worker import local_steps, memory, model, quantisation, tasks
 from lorand_worker.data import Examples, Pairs, Sampler
 from lorand_worker.estimators import Measurement, Order
@@ -21,6 +27,7 @@ from lorand_worker.floor import FloorWatch
 from lorand_worker.memory import Weights
 from lorand_worker.model import LoadedModel
 from lorand_worker.tasks import Forward, Score, Task
+from lorand_worker.votes import vote
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,20 @@ def load_base(
     activations, as they always do layerwise.
     """
     device = parse_device(device_name)
-    whole = config.estimator.kind == "forward" or config.local.space == "weights"
+    inside = periods.subspaced(config)
+    whole = config.estimator.kind == "forward" or config.local.space == "weights" or inside
     if whole and weights == Weights.AUTO:
         weights = Weights.COPY  # it differentiates along whole weights, or steps on them
+    if inside and weights == Weights.LAYERWISE:
+        raise ConfigError(
+            "directions in subspaces write whole weights: join with --weights copy, which keeps "
+            "the subspaces' columns beside them, not a second model"
+        )
     task = config.task
     loaded = model.load(config.model, len(task.labels), source, kind=task.kind)
     loaded = replace(loaded, stored={name: q.on(device) for name, q in loaded.stored.items()})
     identity = model.identity(loaded, config, theirs)
-    module, pool = loaded.module, config.pool(identity)
+    module, pool = loaded.module, ledger.pool_of(config, identity, 0)
     elsewhere = [p for p in module.parameters() if p.device != device]
     to_bring = sum(p.nbytes for p in elsewhere)
     free = memory.free_bytes(device)
@@ -79,17 +92,29 @@ def load_base(
         )
     else:
         quantisation.expand(module, loaded.stored)
-        replica = CopyReplica.of(module.to(device), identity.manifest, pool)
+        replica = replica_of(config, module.to(device), identity.manifest, pool)
         if checkpointing:
             layers.checkpoint(module)
     return Base(loaded, identity, replica, device, why)
+
+
+def replica_of(
+    config: RunConfig, module: nn.Module, manifest: Manifest, pool: Pool
+) -> CopyReplica | SubspaceReplica:
+    """Return the run's replica of a module that holds the base weights."""
+    if not periods.subspaced(config):
+        return CopyReplica.of(module, manifest, pool)
+    kept = None
+    if config.subspace.state != "none":
+        kept = ReplicatedState(manifest, Settings(config.subspace.state), config.rate)
+    return SubspaceReplica.of(module, manifest, pool, kept)
 
 
 def bring(replica: Replica, position: Position) -> None:
     """Bring a replica to a later position of its run: through the pools closed since, and to A."""
     for number in range(replica.pool.index, len(position.closed)):
         left = position.closed[number].dense(replica.pool.size)
-        replica.fold(left, position.config.pool(position.identity, number + 1))
+        replica.fold(left, position.pool(number + 1))
     replica.set(position.coefficients)
 
 
@@ -134,6 +159,7 @@ class ModelBench:
         """Tokenise the examples and build the run's estimator; `source` fixes the batches."""
         self.replica = base.replica
         self._task = task_for(base, config, examples, forward)
+        self._subspace = config.subspace.kind
         self._work = local_steps.build(config, base.replica, base.loaded.module)
         self._sampler = Sampler(len(examples), config.estimator.batch_size, source)
         batch = min(len(examples), config.estimator.batch_size)
@@ -158,6 +184,10 @@ class ModelBench:
         batches = partial(self._sampler.batch, order.batch_size)
         measured = self._work.do(self._task.loss, batches, order, len(self._task))
         self._watch.see(measured)
+        if order.elect:
+            assert isinstance(self.replica, WholeReplica)
+            columns = vote(self.replica, self._task.loss, batches, order.elect, self._subspace)
+            measured = replace(measured, votes=columns)
         return measured
 
     def score(self) -> Score:

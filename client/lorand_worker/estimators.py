@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,8 @@ from lorand.directions import Indices
 from lorand.errors import ConfigError, LorandError
 from lorand.kernels import zero_sums
 from lorand.layers import slots
-from lorand.replica import CopyReplica, Replica
+from lorand.replica import Replica, WholeReplica
+from lorand.subspaces.elections import Columns
 
 Loss = Callable[[Sequence[int]], torch.Tensor]
 """Mean loss of a batch of example indices at the live weights, a scalar tensor."""
@@ -35,21 +36,27 @@ class Order:
 
     The directions to measure, shape (count,), factors on their scalars where local steps use them
     (`Draws.importance`; None: 1), how many rounds were committed before, and the number of examples
-    where it is not the run's batch size.
+    where it is not the run's batch size. `elect` are the numbers of the tensors whose next columns
+    the round elects.
     """
 
     indices: Indices
     factors: Floats | None = None
     committed: int = 0
     batch_size: int = 0
+    elect: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """`values[i]` is the projected gradient along direction i of the draw; loss in nats."""
+    """`values[i]` is the projected gradient along direction i of the draw; loss in nats.
+
+    `votes` are columns with most of the gradient, where the round elects a subspace.
+    """
 
     values: Floats
     loss: float
+    votes: Columns = field(default_factory=dict)
 
 
 class Estimator(Protocol):
@@ -123,7 +130,7 @@ class ForwardGradient:
 
         Raises ConfigError for a replica without weights of its own to differentiate along.
         """
-        if not isinstance(replica, CopyReplica):
+        if not isinstance(replica, WholeReplica):
             raise ConfigError(
                 'estimator "forward" differentiates along whole weights: join with --weights '
                 'copy, or start a run with the estimator "spsa"'

@@ -3,7 +3,7 @@
 `SeedSteps` walk on the coefficients, so that the weights stay w(A) for some A (FedKSeed, Qin et
 al., ICML 2024, algorithm 1, where each step measures one direction; with backward passes each step
 measures all K). `WeightSteps` walk on all weights; where they led is reported as K scalars (Ferret,
-Shu et al., ICML 2025, algorithm 1).
+Shu et al., ICML 2025, algorithm 1). `CoordinateSteps` do so in the subspaces that a run shares.
 
 Both steps report the way back in units of an unscaled weight, shape (count,): the coordinator takes
 its mean over participants for a gradient (Reddi et al., Adaptive Federated Optimization, ICLR
@@ -25,6 +25,7 @@ from lorand.config import LocalSection, RunConfig
 from lorand.errors import ConfigError
 from lorand.kernels import zero_sums
 from lorand.replica import CopyReplica, Replica
+from lorand.subspaces.replica import SubspaceReplica
 from lorand_worker import estimators
 from lorand_worker.estimators import Estimator, Loss, Measurement, NonFiniteLoss, Order, finite
 
@@ -143,6 +144,63 @@ class WeightSteps:
         return Measurement(-moved, float(np.mean(losses)))
 
 
+class CoordinateSteps:
+    """Steps of a torch optimizer on the coordinates of shared subspaces, as GaLore takes them on
+    PᵀG (Zhao et al., ICML 2024, algorithm 2) with everybody's P; where they led, D, of q numbers
+    over all tensors, is reported as γ = Zᵀ D / max(K, q).
+
+    Up to K coordinates are in different buckets of the pool, so that Z γ is D exactly for K ≥ q.
+    Beyond, q/K of them share one, and K/q is the factor with the least mean square error.
+    """
+
+    def __init__(self, config: RunConfig, replica: SubspaceReplica) -> None:
+        """Take the replica's gradients. Raises ConfigError."""
+        self._config, self._replica = config, replica
+        self._leaves: dict[str, nn.Parameter] = {}
+        for dimensions in sorted({len(spec.shape) for spec in replica.manifest.tensors}):
+            try_out(config.local, torch.zeros([4] * dimensions))
+        replica.on_gradient(self._take)
+
+    def do(self, loss: Loss, batches: Batches, order: Order, examples: int) -> Measurement:
+        """See Work."""
+        replica = self._replica
+        replica.settle()
+        start = replica.coordinates().clone()
+        self._leaves = {
+            name: nn.Parameter(torch.zeros(shape, device=start.device))
+            for name, _, _, shape in replica.parts()
+        }
+        leaves = list(self._leaves.values())
+        optimizer = _optimizer(self._config.local, leaves, rate(self._config, order.committed))
+        losses = []
+        try:
+            for _ in range(steps(self._config, examples)):
+                value = loss(batches())
+                losses.append(finite(value.detach()))
+                value.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                drift = self._drift(start)
+                replica.write_at(start + drift)
+        finally:
+            replica.disturbed()
+            self._leaves = {}
+        most = max(replica.pool.size, len(drift))
+        moved = _not_too_far(replica.scalars_of(drift)[order.indices] / most)
+        return Measurement(-moved, float(np.mean(losses)))
+
+    def _take(self, name: str, gradient: torch.Tensor) -> None:
+        self._leaves[name].grad = self._replica.gather(name, gradient)
+
+    @torch.no_grad()
+    def _drift(self, like: torch.Tensor) -> torch.Tensor:
+        """D in units of unscaled coordinates, shape (q,)."""
+        drift = torch.empty_like(like)
+        for name, part, place, _ in self._replica.parts():
+            drift[place] = self._leaves[name].reshape(-1) / part.factor
+        return drift
+
+
 def _not_too_far(moved: Floats) -> Floats:
     """Return where steps led. Raises NonFiniteLoss where no contribution can say it."""
     far = float(np.abs(moved).sum())
@@ -227,6 +285,8 @@ def build(config: RunConfig, replica: Replica, module: nn.Module) -> Work:
     if config.local.space == "weights":
         for parameter in module.parameters():
             parameter.requires_grad_(False)
+        if isinstance(replica, SubspaceReplica):
+            return CoordinateSteps(config, replica)
         return WeightSteps(config, replica)
     estimator = estimators.build(config, replica, module)
     return SeedSteps(config, replica, estimator) if config.local.taken else Standing(estimator)

@@ -16,6 +16,7 @@ from lorand.config import RunConfig
 from lorand.directions import Indices
 from lorand.errors import ContributionError, LorandError
 from lorand.ledger import Position
+from lorand.subspaces import elections
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand_worker.estimators import Measurement, NonFiniteLoss, Order
@@ -179,7 +180,9 @@ class Participant:
         batch_size = min(start.batch_size, config.estimator.max_batch_size)
         indices = draws.of(start.round_index, self.worker, count)
         factors = draws.importance(indices)
-        order = Order(indices, factors, self.position.committed, batch_size)
+        manifest, committed = self.position.identity.manifest, self.position.committed
+        elect = self.position.elections.due(config, manifest, committed)
+        order = Order(indices, factors, committed, batch_size, elect)
         try:
             measured = self._bench.measure(order)
             coded = self._encode(measured, indices, start.scale_exponent)
@@ -192,6 +195,7 @@ class Participant:
             round_index=start.round_index,
             codes=codec.pack(config.codec.up, coded.codes),
             scale=coded.scale,
+            votes=elections.pack(measured.votes),
         )
         if config.rounds.telemetry == "loss":
             contribution.loss = measured.loss
@@ -199,7 +203,7 @@ class Participant:
             contribution.examples = self._bench.examples
         if config.keeps_feedback:
             after = self._memory.with_lost(indices, coded.lost)
-            committed, sequence = self.position.committed, self.position.next_sequence
+            sequence = self.position.next_sequence
             self._memory.await_commit(
                 Awaited(contribution, self.worker, committed, sequence, after)
             )

@@ -11,6 +11,7 @@ from lorand.config import PROTOCOL_VERSION, RunConfig
 from lorand.errors import HandshakeError
 from lorand.ledger import Position
 from lorand.manifest import Identity
+from lorand.subspaces import cosines
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand_worker import feedback
@@ -116,6 +117,7 @@ class Session:
             head=position.head if position.next_sequence else b"",
             features=FEATURES,
             session=self._session,
+            cosines_digest=cosines.digest_of(self.config, self.identity.manifest),
         )
 
     def _handle(self, stream: Stream, message: wire.ParticipateResponse) -> None:

@@ -25,6 +25,8 @@ from lorand.sections import ModelSection as ModelSection
 from lorand.sections import Quantisation as Quantisation
 from lorand.sections import Section, SubspaceSection
 from lorand.sections import TaskSection as TaskSection
+from lorand.subspaces import periods
+from lorand.subspaces.basis import Basis
 
 PROTOCOL_VERSION = 1
 
@@ -253,7 +255,8 @@ class RunConfig(Section):
     @property
     def needs_history(self) -> bool:
         """Whether A alone does not say what comes next, so that who joins reads all entries."""
-        return self.directions.rotate_every > 0 or self.directions.drawing != "uniform"
+        rotates = self.directions.rotate_every > 0 or periods.voted(self)
+        return rotates or self.directions.drawing != "uniform"
 
     @property
     def keeps_feedback(self) -> bool:
@@ -263,8 +266,7 @@ class RunConfig(Section):
 
     def pool_after(self, committed: int) -> int:
         """Return the number of the pool, from 0, on which the round after these is measured."""
-        every = self.directions.rotate_every
-        return min(committed, self.run.rounds - 1) // every if every else 0
+        return periods.pool_after(self, committed)
 
     @property
     def perturbation_quanta(self) -> int:
@@ -282,6 +284,10 @@ class RunConfig(Section):
             settings.refined,
         )
 
+    def rate(self, committed: int) -> float:
+        """Return the coordinator's learning rate of the round after so many commits."""
+        return self.optimizer.learning_rate * self.rate_factor(committed)
+
     def draws(self, run_digest: bytes) -> Draws:
         """Return the directions of the rounds of this run."""
         section = self.directions
@@ -289,12 +295,15 @@ class RunConfig(Section):
             run_digest, section.mode, section.pool_size, self.num_directions, section.drawing
         )
 
-    def pool(self, identity: Identity, number: int = 0) -> Pool:
-        """Return a seed pool of the run, its first or number so and so, on a base and a set."""
+    def pool(self, identity: Identity, number: int = 0, basis: Basis | None = None) -> Pool:
+        """Return a seed pool of the run, its first or number so and so, on a base and a set.
+
+        In full space, or on a basis: see `ledger.pool_of`.
+        """
         section = self.directions
         index = (section.pool_index + number) % 2**32
         key = pool_key(identity.base_digest, identity.manifest.digest(), index)
-        return Pool(key, section.pool_size, section.quantum_exponent, section.family, number)
+        return Pool(key, section.pool_size, section.quantum_exponent, section.family, number, basis)
 
     def canonical(self) -> str:
         """Return the identity of the run as text: JSON, sorted, without [service]."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from lorand.coefficients import check_size
 from lorand.philox import Key, philox4x32
+from lorand.subspaces.basis import Basis
 
 Family = Literal["hadamard", "independent"]
 Drawing = Literal["uniform", "weighted", "weighted-unbiased"]
@@ -30,7 +31,8 @@ SHARED: Final = b"shared"
 class Pool:
     """K directions: family, key and size, and the quantum 2^-q of their coefficients.
 
-    `index` counts the pools of a run, from 0. Raises ValueError when size is not a power of two in
+    `index` counts the pools of a run, from 0. They act on whole tensors, or in the subspaces that a
+    `basis` spans (`lorand.subspaces`). Raises ValueError when size is not a power of two in
     2^6 … 2^20.
     """
 
@@ -39,6 +41,7 @@ class Pool:
     quantum_exponent: int
     family: Family = "hadamard"
     index: int = 0
+    basis: Basis | None = None
 
     def __post_init__(self) -> None:
         """Check the size."""

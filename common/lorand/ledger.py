@@ -18,9 +18,11 @@ from lorand import codec
 from lorand.closed import Closed, Sparse
 from lorand.coefficients import Coefficients, add, zeros
 from lorand.config import RunConfig
-from lorand.directions import Draws
+from lorand.directions import Draws, Pool
 from lorand.errors import ContributionError, LedgerError
 from lorand.manifest import Identity, Manifest, run_digest
+from lorand.subspaces import periods
+from lorand.subspaces.elections import Elections
 from lorand.v1 import ledger_pb2 as pb
 
 GENESIS: Final = bytes(32)
@@ -98,11 +100,26 @@ class Position:
     committed: int = 0
     finished: bool = False
     closed: Closed = field(default_factory=Closed)
+    elections: Elections = field(default_factory=Elections)
+
+    def pool(self, number: int) -> Pool:
+        """Return a pool of the run, with the basis that directions act in."""
+        return pool_of(self.config, self.identity, number, self.elections)
 
     @property
     def run_digest(self) -> bytes:
         """The run's identity, 32 bytes."""
         return self.draws.run_digest
+
+
+def pool_of(
+    config: RunConfig, identity: Identity, number: int, elections: Elections | None = None
+) -> Pool:
+    """Return a pool of a run, with the basis that directions act in."""
+    first = periods.first_pool(config, periods.period(config, number))
+    key = config.pool(identity, first).key
+    basis = (elections or Elections()).basis(config, identity.manifest, number, key)
+    return config.pool(identity, number, basis)
 
 
 def origin(config: RunConfig, identity: Identity) -> Position:
@@ -153,7 +170,12 @@ def apply(position: Position, body: bytes) -> Position:
         moved = add(position.coefficients, indices, change)
         draws = position.draws.after(indices, change)
         committed = position.committed + 1
-        after = replace(after, coefficients=moved, committed=committed, draws=draws)
+        elections = position.elections.after(
+            position.config, position.identity.manifest, position.committed, entry.commit
+        )
+        after = replace(
+            after, coefficients=moved, committed=committed, draws=draws, elections=elections
+        )
         if position.config.pool_after(committed) == len(position.closed):
             return after
         closed = position.closed.then(Sparse.of(moved))

@@ -4,7 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -141,8 +141,12 @@ class Replica(ABC):
             self.pool,
             self.backend,
             keys=self._keys,
-            scale_exponents=frozenset(spec.scale_exponent for spec in self.manifest.tensors),
+            scale_exponents=self._scale_exponents(),
         )
+
+    def _scale_exponents(self) -> frozenset[int]:
+        """Return those that targets may have."""
+        return frozenset(spec.scale_exponent for spec in self.manifest.tensors)
 
     def _target(self, name: str, base: torch.Tensor, out: torch.Tensor) -> Target:
         tid, spec = self._places[name]
@@ -156,11 +160,11 @@ class Replica(ABC):
         """Note that the weights should be others now."""
 
 
-class CopyReplica(Replica):
-    """Base weights (copied at construction) beside the model's own parameters, which hold w(A).
+class WholeReplica(Replica):
+    """The model's own parameters hold w(A), whole; they are overwritten in place.
 
-    `tensors` maps the manifest's names to those parameters; they are overwritten in place. Raises
-    ModelError when names, shapes or dtypes are not the manifest's.
+    `tensors` maps the manifest's names to those parameters. Raises ModelError when names, shapes or
+    dtypes are not the manifest's.
     """
 
     def __init__(
@@ -170,25 +174,15 @@ class CopyReplica(Replica):
         pool: Pool,
         backend: Backend | None = None,
     ) -> None:
-        """Copy the base weights."""
+        """Take the parameters, which hold the base weights."""
         check_tensors(tensors, manifest)
         self._parameters = {spec.name: tensors[spec.name] for spec in manifest.tensors}
         self._live = {name: t.detach() for name, t in self._parameters.items()}
-        self.base = {
-            name: t.clone(memory_format=torch.contiguous_format) for name, t in self._live.items()
-        }
         self._hooks: list[RemovableHandle] = []
+        self._call: OnGradient | None = None
         self._stale = True
         first = next(iter(self._live.values()))
         super().__init__(manifest, pool, backend or backend_for(first.device))
-        self._targets = [self._target(n, self.base[n], out) for n, out in self._live.items()]
-
-    @staticmethod
-    def of(module: nn.Module, manifest: Manifest, pool: Pool) -> "CopyReplica":
-        """Return the replica of a module, which from now on only runs on settled weights."""
-        replica = CopyReplica(dict(module.named_parameters()), manifest, pool)
-        module.register_forward_pre_hook(lambda *_: replica.settle())
-        return replica
 
     @property
     def live(self) -> Mapping[str, torch.Tensor]:
@@ -198,8 +192,82 @@ class CopyReplica(Replica):
 
     @property
     def parameters(self) -> Mapping[str, torch.Tensor]:
-        """The model's own parameters by name, for those who step on them: see `drift`."""
+        """The model's own parameters by name, for those who step on them."""
         return self._parameters
+
+    def disturbed(self) -> None:
+        """Note that others wrote to the parameters: they are written again when next needed."""
+        self._stale = True
+
+    @abstractmethod
+    def direction(self, index: int) -> dict[str, torch.Tensor]:
+        """Return z_index · 2^s of each tensor by name, in its shape, dtype and device."""
+
+    @abstractmethod
+    def _write_all(self) -> None:
+        """Write all weights, as they should be now."""
+
+    def settle(self) -> None:
+        """See Replica: one pass over the weights, whatever K is, or none."""
+        if self._stale:
+            self._write_all()
+            self._stale = False
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See Replica."""
+        yield from self.live.items()
+
+    def on_gradient(self, call: OnGradient) -> None:
+        """See Replica."""
+        for hook in self._hooks:
+            hook.remove()
+        self._call, self._hooks = call, []
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(True)
+            self._hooks.append(hand_over(name, parameter, call))
+
+    @contextmanager
+    def gradients_to(self, call: OnGradient) -> Iterator[None]:
+        """Within it another call gets the gradients."""
+        usual = self._call
+        self.on_gradient(call)
+        try:
+            yield
+        finally:
+            if usual is not None:
+                self.on_gradient(usual)
+
+    def _one(self, index: int) -> Coefficients:
+        """The coefficients of z_index itself."""
+        one = zeros(self.pool.size)
+        one[index] = 1 << self.pool.quantum_exponent
+        return one
+
+    def _moved(self) -> None:
+        self._stale = True
+
+
+class CopyReplica(WholeReplica):
+    """Base weights (copied at construction) beside the model's own parameters."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        manifest: Manifest,
+        pool: Pool,
+        backend: Backend | None = None,
+    ) -> None:
+        """Copy the base weights."""
+        super().__init__(tensors, manifest, pool, backend)
+        self.base = {
+            name: t.clone(memory_format=torch.contiguous_format) for name, t in self._live.items()
+        }
+        self._targets = [self._target(n, self.base[n], out) for n, out in self._live.items()]
+
+    @staticmethod
+    def of(module: nn.Module, manifest: Manifest, pool: Pool) -> "CopyReplica":
+        """Return the replica of a module, which from now on only runs on settled weights."""
+        return settling(module, CopyReplica(dict(module.named_parameters()), manifest, pool))
 
     def drift(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each tensor's name and what its weights are away from w(A)."""
@@ -209,42 +277,27 @@ class CopyReplica(Replica):
             self._write([Target(target.base, should_be, target.tid, target.scale_exponent)])
             yield name, target.out - should_be
 
-    def disturbed(self) -> None:
-        """Note that others wrote to the parameters: they are written again when next needed."""
-        self._stale = True
-
     def direction(self, index: int) -> dict[str, torch.Tensor]:
-        """Return z_index · 2^s of each tensor by name: ±2^s in its shape, dtype and device."""
-        one = zeros(self.pool.size)
-        one[index] = 1 << self.pool.quantum_exponent
+        """See WholeReplica: ±2^s."""
         made = {name: torch.zeros_like(tensor) for name, tensor in self._live.items()}
         targets = [self._target(name, tensor, tensor) for name, tensor in made.items()]
-        self._displacement(one).write(targets)
+        self._displacement(self._one(index)).write(targets)
         return made
 
-    def settle(self) -> None:
-        """See Replica: one pass over the weights, whatever K is, or none."""
-        if self._stale:
-            self._write(self._targets)
-            self._stale = False
-
-    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """See Replica."""
-        yield from self.live.items()
+    def _write_all(self) -> None:
+        self._write(self._targets)
 
     def _fold(self) -> None:
         self._write([self._target(name, base, base) for name, base in self.base.items()])
 
-    def on_gradient(self, call: OnGradient) -> None:
-        """See Replica."""
-        for hook in self._hooks:
-            hook.remove()
-        for name, parameter in self._parameters.items():
-            parameter.requires_grad_(True)
-            self._hooks.append(hand_over(name, parameter, call))
 
-    def _moved(self) -> None:
-        self._stale = True
+_Whole = TypeVar("_Whole", bound=WholeReplica)
+
+
+def settling(module: nn.Module, replica: _Whole) -> _Whole:
+    """Return the replica of a module, which from now on only runs on settled weights."""
+    module.register_forward_pre_hook(lambda *_: replica.settle())
+    return replica
 
 
 def hand_over(name: str, leaf: torch.Tensor, call: OnGradient) -> RemovableHandle:

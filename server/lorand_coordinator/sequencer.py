@@ -19,9 +19,10 @@ from lorand.directions import Draws
 from lorand.errors import ContributionError, HandshakeError, LedgerError
 from lorand.ledger import Position
 from lorand.manifest import Identity, Manifest
+from lorand.subspaces import cosines
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
-from lorand_coordinator import aggregation, diagnostics, optimizer, rounds
+from lorand_coordinator import aggregation, diagnostics, optimizer, rounds, subspace
 from lorand_coordinator.snapshot import pack_state, unpack_state
 from lorand_coordinator.store import Checkpoint, Store, StoreUnavailable
 
@@ -302,6 +303,7 @@ class Sequencer:
         contribution = message.contribution
         try:
             aggregation.report(self.config, contribution, self._optimizer.pace.directions)
+            subspace.check_votes(self._position, contribution)
         except ContributionError as error:
             return [self._reject(worker, contribution.round_index, str(error))]
         contribution.DiscardUnknownFields()
@@ -384,6 +386,7 @@ class Sequencer:
             scale_exponent=self._optimizer.scale_exponent,
             contributions_digest=ledger.contributions_digest(bodies),
             directions=count,
+            basis=subspace.elected(self._position, stored),
         )
         assert commit.scale_exponent in SCALE_EXPONENTS
         outgoing = self._append(pb.Entry(round_index=round_index, commit=commit), bodies)
@@ -471,6 +474,13 @@ def check_identity(hello: wire.Hello, position: Position) -> None:
             "use the same release of lorand and transformers",
         ),
         ("run", hello.run_digest, position.run_digest, "use the coordinator's run file"),
+        (
+            "table of cosines",
+            hello.cosines_digest,
+            cosines.digest_of(position.config, identity.manifest),
+            "its numpy rounds a cosine otherwise: install the same version, or set subspace.kind = "
+            '"coordinate"',
+        ),
     ]
     for what, theirs, ours, advice in pairs:
         if theirs != ours:

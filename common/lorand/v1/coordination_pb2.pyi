@@ -192,6 +192,7 @@ class Hello(_message.Message):
     HEAD_FIELD_NUMBER: _builtins.int
     FEATURES_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
+    COSINES_DIGEST_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol."""
     name: _builtins.str
@@ -214,6 +215,8 @@ class Hello(_message.Message):
     """A random number kept for the life of the worker's process, so that its second connection
     replaces its first and another worker of the same name is refused.
     """
+    cosines_digest: _builtins.bytes
+    """SHA-256 over the cosines that the run's subspaces are made of (32 bytes); empty elsewhere."""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Capabilities that not every version has, by name."""
@@ -232,10 +235,11 @@ class Hello(_message.Message):
         head: _builtins.bytes = ...,
         features: _abc.Iterable[_builtins.str] | None = ...,
         session: _builtins.int = ...,
+        cosines_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "features", b"features", "head", b"head", "manifest", b"manifest", "manifest_digest", b"manifest_digest", "name", b"name", "next_sequence", b"next_sequence", "protocol_version", b"protocol_version", "run_digest", b"run_digest", "session", b"session", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "cosines_digest", b"cosines_digest", "features", b"features", "head", b"head", "manifest", b"manifest", "manifest_digest", b"manifest_digest", "name", b"name", "next_sequence", b"next_sequence", "protocol_version", b"protocol_version", "run_digest", b"run_digest", "session", b"session", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -130,6 +130,8 @@ class Commit(_message.Message):
     SCALE_EXPONENT_FIELD_NUMBER: _builtins.int
     CONTRIBUTIONS_DIGEST_FIELD_NUMBER: _builtins.int
     DIRECTIONS_FIELD_NUMBER: _builtins.int
+    BASIS_FIELD_NUMBER: _builtins.int
+    GIVES_UP_SUBSPACE_FIELD_NUMBER: _builtins.int
     scale: _builtins.int
     """Quanta one code stands for."""
     codes: _builtins.bytes
@@ -140,9 +142,15 @@ class Commit(_message.Message):
     """SHA-256 over the contributions it came from (32 bytes); see lorand.ledger."""
     directions: _builtins.int
     """Directions that each participant measured, where the run's number grows; 0: the config's."""
+    gives_up_subspace: _builtins.bool
+    """From the next period on, directions act on whole tensors again."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Numbers of the workers whose contributions are in it, ascending."""
+
+    @_builtins.property
+    def basis(self) -> _containers.RepeatedCompositeFieldContainer[Global___Columns]:
+        """Columns that span the next subspaces, of the tensors whose election ended with this round."""
 
     def __init__(
         self,
@@ -153,14 +161,42 @@ class Commit(_message.Message):
         scale_exponent: _builtins.int = ...,
         contributions_digest: _builtins.bytes = ...,
         directions: _builtins.int = ...,
+        basis: _abc.Iterable[Global___Columns] | None = ...,
+        gives_up_subspace: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codes", b"codes", "contributions_digest", b"contributions_digest", "directions", b"directions", "scale", b"scale", "scale_exponent", b"scale_exponent", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "codes", b"codes", "contributions_digest", b"contributions_digest", "directions", b"directions", "gives_up_subspace", b"gives_up_subspace", "scale", b"scale", "scale_exponent", b"scale_exponent", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Commit: _TypeAlias = Commit  # noqa: Y015
+
+@_typing.final
+class Columns(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENSOR_FIELD_NUMBER: _builtins.int
+    GAPS_FIELD_NUMBER: _builtins.int
+    tensor: _builtins.int
+    """Number of the tensor in the manifest."""
+    @_builtins.property
+    def gaps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The first column (or row, where there are fewer), then the steps to the next ones."""
+
+    def __init__(
+        self,
+        *,
+        tensor: _builtins.int = ...,
+        gaps: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gaps", b"gaps", "tensor", b"tensor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Columns: _TypeAlias = Columns  # noqa: Y015
 
 @_typing.final
 class Abandon(_message.Message):
@@ -285,6 +321,8 @@ class Contribution(_message.Message):
     LOSS_FIELD_NUMBER: _builtins.int
     EXAMPLES_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
+    VOTES_FIELD_NUMBER: _builtins.int
+    CURVATURE_FIELD_NUMBER: _builtins.int
     round_index: _builtins.int
     """The round it answers."""
     codes: _builtins.bytes
@@ -297,6 +335,14 @@ class Contribution(_message.Message):
     """Quanta one code stands for, where participants take local steps: codes then say how far these
     moved the coefficients. Absent elsewhere.
     """
+    curvature: _builtins.float
+    """Mean of (L(w + μz) + L(w − μz) − 2 L(w)) / μ² over the directions: the curvature that they
+    met. Absent unless the run probes its subspace and asks for telemetry.
+    """
+    @_builtins.property
+    def votes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Columns]:
+        """Columns with most of this participant's gradient, in rounds that elect a subspace."""
+
     def __init__(
         self,
         *,
@@ -305,13 +351,20 @@ class Contribution(_message.Message):
         loss: _builtins.float | None = ...,
         examples: _builtins.int = ...,
         scale: _builtins.int = ...,
+        votes: _abc.Iterable[Global___Columns] | None = ...,
+        curvature: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "loss", b"loss"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_curvature", b"_curvature", "_loss", b"_loss", "curvature", b"curvature", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_loss", b"_loss", "codes", b"codes", "examples", b"examples", "loss", b"loss", "round_index", b"round_index", "scale", b"scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_curvature", b"_curvature", "_loss", b"_loss", "codes", b"codes", "curvature", b"curvature", "examples", b"examples", "loss", b"loss", "round_index", b"round_index", "scale", b"scale", "votes", b"votes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__curvature: _TypeAlias = _typing.Literal["curvature"]  # noqa: Y015
+    _WhichOneofArgType__curvature: _TypeAlias = _typing.Literal["_curvature", b"_curvature"]  # noqa: Y015
     _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
     _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__curvature) -> _WhichOneofReturnType__curvature | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___Contribution: _TypeAlias = Contribution  # noqa: Y015

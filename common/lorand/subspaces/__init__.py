@@ -1,0 +1,1 @@
+"""Subspaces in which directions act: coordinates of a tensor and their integer-exact lift."""

@@ -1,0 +1,186 @@
+"""From coordinates to weights and back: the linear lift of each kind, bit for bit the same.
+
+A lift is bound to a live tensor at the start of a pool and keeps what it needs of the base weights.
+Coordinates are float32, written by a kernel; from there only integer-valued products, powers of two
+and one rounding an operation follow, so that no order of summation can change a bit.
+"""
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+
+from lorand.manifest import TensorSpec
+from lorand.subspaces import cosines
+from lorand.subspaces.basis import Basis, coordinates_shape, length, side
+
+GRID_BITS = 22
+"""Of a coordinate before it is multiplied by cosines, relative to the tensor's largest: a sum over
+rank ≤ 2,048 of products with 20 bits is then below 2^53, exact in float64 in any order."""
+
+
+class Lift(ABC):
+    """w = cast(fl32(fl32(w0) + 2^s · lift(U))) for one tensor and its coordinates U."""
+
+    def __init__(self, live: torch.Tensor, spec: TensorSpec) -> None:
+        """Take the live tensor, which holds the base weights at this moment."""
+        self.live, self.spec = live, spec
+        self.factor = 2.0**spec.scale_exponent
+
+    @abstractmethod
+    def bind(self) -> None:
+        """Have the weights that the live tensor holds now for the base."""
+
+    @abstractmethod
+    def write(self, coordinates: torch.Tensor) -> None:
+        """Write w of these coordinates, float32, into the live tensor."""
+
+    @abstractmethod
+    def lifted(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """Return what coordinates add to the weights, in the tensor's shape, float32."""
+
+    @abstractmethod
+    def gather(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the transposed lift of a gradient, without 2^s: float32 coordinates."""
+
+    @property
+    @abstractmethod
+    def kept_bytes(self) -> int:
+        """Memory that the lift keeps beside the live weights."""
+
+    def rest(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the coordinates of a gradient outside of the subspace, (m, n − r) or (n − r, m).
+
+        Raises NotImplementedError where they are no part of the gradient's own numbers.
+        """
+        raise NotImplementedError
+
+
+class Full(Lift):
+    """A tensor that is its own coordinates."""
+
+    def __init__(self, live: torch.Tensor, spec: TensorSpec) -> None:
+        """Copy the base weights."""
+        super().__init__(live, spec)
+        self._base = live.clone(memory_format=torch.contiguous_format)
+
+    def bind(self) -> None:
+        """See Lift."""
+        self._base.copy_(self.live)
+
+    def write(self, coordinates: torch.Tensor) -> None:
+        """See Lift."""
+        self.live.copy_(self._base.float() + coordinates * self.factor)
+
+    def lifted(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """See Lift."""
+        return coordinates * self.factor
+
+    def gather(self, gradient: torch.Tensor) -> torch.Tensor:
+        """See Lift."""
+        return gradient.float()
+
+    @property
+    def kept_bytes(self) -> int:
+        """See Lift."""
+        return self._base.nbytes
+
+
+class Coordinate(Lift):
+    """Columns (or rows) of a matrix; all others stay as they are and are not copied."""
+
+    def __init__(
+        self, live: torch.Tensor, spec: TensorSpec, indices: np.ndarray[tuple[int], np.dtype]
+    ) -> None:
+        """Copy these columns."""
+        super().__init__(live, spec)
+        self._side = side(spec)
+        self._indices = torch.from_numpy(np.array(indices)).to(live.device)
+        self.bind()
+
+    def bind(self) -> None:
+        """See Lift."""
+        self._base = self.live.index_select(self._side, self._indices)
+
+    def write(self, coordinates: torch.Tensor) -> None:
+        """See Lift."""
+        moved = (self._base.float() + coordinates * self.factor).to(self.live.dtype)
+        self.live.index_copy_(self._side, self._indices, moved)
+
+    def lifted(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """See Lift."""
+        result = torch.zeros(self.spec.shape, device=self.live.device)
+        return result.index_copy_(self._side, self._indices, coordinates * self.factor)
+
+    def gather(self, gradient: torch.Tensor) -> torch.Tensor:
+        """See Lift."""
+        return gradient.index_select(self._side, self._indices).float()
+
+    def rest(self, gradient: torch.Tensor) -> torch.Tensor:
+        """See Lift."""
+        outside = torch.ones(length(self.spec), dtype=torch.bool, device=gradient.device)
+        outside[self._indices] = False
+        return gradient.index_select(self._side, outside.nonzero().squeeze(1))
+
+    @property
+    def kept_bytes(self) -> int:
+        """See Lift."""
+        return self._base.nbytes + self._indices.nbytes
+
+
+class Cosine(Lift):
+    """Rows of an integer cosine transform along a matrix's smaller side (FFT-based subspaces,
+    arXiv 2505.17967), after random signs where the basis has them.
+
+    U goes to a grid of 22 bits of its own largest, so that U · C is a product of integers.
+    """
+
+    def __init__(self, live: torch.Tensor, spec: TensorSpec, tid: int, basis: Basis) -> None:
+        """Copy the base weights, and take the basis: shape (rank, n), integers in float64."""
+        super().__init__(live, spec)
+        self._side, n = side(spec), length(spec)
+        rows = cosines.table(n)[basis.indices[tid]].astype(np.float64)
+        if tid in basis.signs:
+            rows *= basis.signs[tid]
+        self._rows = torch.from_numpy(rows).to(live.device)
+        self._exponent = cosines.exponent(n) - cosines.BITS
+        self._shape = coordinates_shape(spec)
+        self._base = live.clone(memory_format=torch.contiguous_format)
+
+    def bind(self) -> None:
+        """See Lift."""
+        self._base.copy_(self.live)
+
+    def write(self, coordinates: torch.Tensor) -> None:
+        """See Lift."""
+        self.live.copy_(self._base.float() + self.lifted(coordinates))
+
+    def lifted(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """See Lift."""
+        largest = float(coordinates.abs().max())
+        if largest == 0.0:
+            return torch.zeros(self.spec.shape, device=self.live.device)
+        grid = int(np.frexp(largest)[1]) - GRID_BITS
+        integers = torch.round(coordinates.double() * 2.0**-grid)
+        product = integers @ self._rows if self._side == 1 else self._rows.T @ integers
+        return (product * (self.factor * 2.0 ** (grid + self._exponent))).float()
+
+    def gather(self, gradient: torch.Tensor) -> torch.Tensor:
+        """See Lift: in float32, since only its sender needs it."""
+        rows = self._rows.float() * 2.0**self._exponent
+        wide = gradient.float()
+        return wide @ rows.T if self._side == 1 else rows @ wide
+
+    @property
+    def kept_bytes(self) -> int:
+        """See Lift."""
+        return self._base.nbytes + self._rows.nbytes
+
+
+def lift(live: torch.Tensor, spec: TensorSpec, tid: int, basis: Basis | None) -> Lift:
+    """Return the lift of a tensor: on a basis, or whole where it has none."""
+    if basis is None or not spec.rank:
+        return Full(live, spec)
+    if basis.kind == "dct":
+        return Cosine(live, spec, tid, basis)
+    return Coordinate(live, spec, basis.indices[tid])

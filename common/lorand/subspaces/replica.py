@@ -1,0 +1,164 @@
+"""A replica whose directions act on the coordinates of subspaces, which lifts take to weights."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from lorand.codec import Floats
+from lorand.coefficients import Coefficients
+from lorand.directions import Pool
+from lorand.displacement import Target
+from lorand.errors import ModelError
+from lorand.kernels import Backend, zero_sums
+from lorand.manifest import Manifest
+from lorand.replica import WholeReplica, settling
+from lorand.subspaces.basis import Basis, Layout, same
+from lorand.subspaces.lifts import Lift, lift
+from lorand.subspaces.state import ReplicatedState
+
+
+class SubspaceReplica(WholeReplica):
+    """The coordinates of all tensors are one vector of q numbers, U = u · Z·A, tensor number 0 of
+    the pool's kernels; each tensor is w = cast(fl32(fl32(w0) + 2^s · lift(U))).
+
+    Memory beside the live weights is the q coordinates and what the lifts keep: with columns by
+    index that is these columns alone. With a `state`, a pool that is closed moves the base weights
+    by the state's step instead of by what was committed.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        manifest: Manifest,
+        pool: Pool,
+        backend: Backend | None = None,
+        *,
+        state: ReplicatedState | None = None,
+    ) -> None:
+        """Take the parameters. Raises ModelError when they are not the manifest's."""
+        self._lifts: dict[str, Lift] = {}
+        self._basis: Basis | None = None
+        self.state = state
+        self._flat = torch.empty(0)
+        super().__init__(tensors, manifest, pool, backend)
+
+    @staticmethod
+    def of(
+        module: nn.Module, manifest: Manifest, pool: Pool, state: ReplicatedState | None = None
+    ) -> "SubspaceReplica":
+        """Return the replica of a module, which from now on only runs on settled weights."""
+        tensors = dict(module.named_parameters())
+        return settling(module, SubspaceReplica(tensors, manifest, pool, state=state))
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory beside the live weights: coordinates, bases, and the optimizer's state."""
+        kept = sum(part.kept_bytes for part in self._lifts.values()) + self._flat.nbytes
+        return kept + (self.state.nbytes if self.state else 0)
+
+    def parts(self) -> Iterator[tuple[str, Lift, slice, tuple[int, ...]]]:
+        """Yield each tensor's name, its lift, and place and shape of its coordinates."""
+        for _, spec, place, shape in self.layout.places():
+            yield spec.name, self._lifts[spec.name], place, shape
+
+    def gather(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
+        """Return a tensor's gradient in its coordinates, float32, without direction scale."""
+        return self._lifts[name].gather(gradient.detach())
+
+    def coordinates(self) -> torch.Tensor:
+        """Return U as it should be now, shape (q,), float32; overwritten by the next call."""
+        self._flat.zero_()
+        self._write([Target(self._flat, self._flat, 0, 0)])
+        return self._flat
+
+    def write_at(self, coordinates: torch.Tensor) -> None:
+        """Write the weights of these coordinates, shape (q,); `disturbed` brings w(A) back."""
+        with torch.no_grad():
+            for _, part, place, shape in self.parts():
+                part.write(coordinates[place].view(shape))
+
+    def direction(self, index: int) -> dict[str, torch.Tensor]:
+        """See WholeReplica."""
+        one = torch.zeros_like(self._flat)
+        self._displacement(self._one(index)).write([Target(one, one, 0, 0)])
+        return {
+            name: part.lifted(one[place].view(shape)).to(part.live.dtype)
+            for name, part, place, shape in self.parts()
+        }
+
+    def project(self, name: str, gradient: torch.Tensor, shares: torch.Tensor) -> None:
+        """See Replica: kept as coordinates until `scalars`."""
+        tid, spec = self._places[name]
+        part = self.gather(name, gradient).reshape(-1)
+        end = self.layout.ends[tid]
+        self._gathered()[end - len(part) : end] = part * 2.0**spec.scale_exponent
+
+    def scalars(self, shares: torch.Tensor) -> Floats:
+        """See Replica."""
+        gathered, self._gradient = self._gathered(), None
+        return self.scalars_of(gathered, shares)
+
+    def scalars_of(self, coordinates: torch.Tensor, shares: torch.Tensor | None = None) -> Floats:
+        """Return Zᵀ of coordinates, shape (q,): (K,), on top of what is in `shares`."""
+        if shares is None:
+            shares = zero_sums(self.pool.size, coordinates.device)
+        if self.pool.family == "independent":
+            self.backend.project_independent(coordinates, self._keys, shares, tid=0)
+        else:
+            self.backend.project(coordinates, shares, key=self.pool.key, tid=0)
+        return super().scalars(shares)
+
+    def fold(self, coefficients: Coefficients, pool: Pool) -> None:
+        """See Replica; with a state, the weights move by its step for what the pool committed."""
+        if any(spec.dtype != "float32" for spec in self.manifest.tensors):
+            raise ModelError(
+                'only float32 weights move to another subspace; set model.dtype = "float32"'
+            )
+        self.set(coefficients)
+        self._fold()
+        self._take(pool)
+
+    def _take(self, pool: Pool) -> None:
+        """Have the directions and the basis of this pool; the live weights are its base."""
+        basis = pool.basis
+        if self.state is not None:
+            self.state.follow(basis)
+            basis = None if self.state.whole else basis
+        if self._lifts and same(self._basis, basis):
+            for part in self._lifts.values():
+                part.bind()
+        else:
+            self._bind(basis)
+        self._gradient: torch.Tensor | None = None
+        super()._take(pool)
+
+    def _bind(self, basis: Basis | None) -> None:
+        self.layout = Layout(self.manifest, whole=basis is None)
+        self._lifts.clear()  # gone before there are others
+        for tid, spec in enumerate(self.manifest.tensors):
+            self._lifts[spec.name] = lift(self._live[spec.name], spec, tid, basis)
+        if self._flat.shape != (self.layout.size,):
+            device = next(iter(self._live.values())).device
+            self._flat = torch.empty(self.layout.size, device=device)
+        self._basis = basis
+
+    def _fold(self) -> None:
+        if self.state is None:
+            self._write_all()
+            return
+        moved = self.coordinates()
+        for tid, spec, place, shape in self.layout.places():
+            part = self._lifts[spec.name]
+            part.write(self.state.step(tid, moved[place].view(shape), self.pool.index))
+
+    def _write_all(self) -> None:
+        self.write_at(self.coordinates())
+
+    def _gathered(self) -> torch.Tensor:
+        if self._gradient is None:
+            self._gradient = torch.zeros_like(self._flat)
+        return self._gradient
+
+    def _scale_exponents(self) -> frozenset[int]:
+        return frozenset({0})
