@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lorand.subspaces.state_optimizers import Settings
 from torch import nn
 
 from lorand import layers, ledger
@@ -20,6 +19,7 @@ from lorand.replica import DTYPES, CopyReplica, Replica, WholeReplica
 from lorand.subspaces import periods
 from lorand.subspaces.replica import SubspaceReplica
 from lorand.subspaces.state import ReplicatedState
+from lorand.subspaces.state_optimizers import Settings
 from lorand_worker import local_steps, memory, model, quantisation, tasks
 from lorand_worker.data import Examples, Pairs, Sampler
 from lorand_worker.estimators import Measurement, Order

@@ -170,7 +170,7 @@ class CoordinateSteps:
             name: nn.Parameter(torch.zeros(shape, device=start.device))
             for name, _, _, shape in replica.parts()
         }
-        leaves = list(self._leaves.values())
+        leaves: list[torch.Tensor] = list(self._leaves.values())
         optimizer = _optimizer(self._config.local, leaves, rate(self._config, order.committed))
         losses = []
         try:

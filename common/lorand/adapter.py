@@ -13,9 +13,11 @@ from safetensors.numpy import load_file, save_file
 from lorand.closed import Closed, Sparse, narrow
 from lorand.coefficients import Coefficients
 from lorand.config import RunConfig
-from lorand.errors import ModelError
+from lorand.errors import LedgerError, ModelError
 from lorand.ledger import Position
 from lorand.manifest import Identity
+from lorand.subspaces import periods
+from lorand.subspaces.elections import Elections
 
 WEIGHTS_FILE: Final = "adapter.safetensors"
 CONFIG_FILE: Final = "adapter_config.json"
@@ -33,6 +35,8 @@ class Adapter:
     head: bytes
     closed: Closed = field(default_factory=Closed)
     """What the run did on the pools before (`directions.rotate_every`)."""
+    elections: Elections = field(default_factory=Elections)
+    """The subspaces that its participants voted for."""
 
 
 def of(position: Position) -> Adapter:
@@ -44,6 +48,7 @@ def of(position: Position) -> Adapter:
         position.committed,
         position.head,
         position.closed,
+        position.elections,
     )
 
 
@@ -63,9 +68,15 @@ def save(adapter: Adapter, folder: Path) -> int:
         "run": json.loads(adapter.config.canonical()),
         "identity": json.loads(adapter.identity.to_lock()),
     }
+    if adapter.elections.given_up is not None:
+        content["subspace_given_up"] = adapter.elections.given_up
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {"coefficients": narrow(adapter.coefficients), **_pack_closed(adapter.closed)}
+        tensors = {
+            "coefficients": narrow(adapter.coefficients),
+            **_pack_closed(adapter.closed),
+            **adapter.elections.to_arrays(),
+        }
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": FORMAT})
         (folder / CONFIG_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -97,11 +108,30 @@ def load(folder: Path) -> Adapter:
             committed,
             bytes.fromhex(content["ledger_head"]),
             closed,
+            _elections(config, identity, tensors, content, committed),
         )
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError, LedgerError) as error:
         raise ModelError(
             f"{folder} holds no readable adapter ({error!r}); write one with `lr-worker export`"
         ) from error
+
+
+def _elections(
+    config: RunConfig,
+    identity: Identity,
+    tensors: dict[str, NDArray[Any]],
+    content: dict[str, Any],
+    committed: int,
+) -> Elections:
+    """The subspaces of the periods that so many rounds reach."""
+    given_up = content.get("subspace_given_up")
+    given_up = None if given_up is None else int(given_up)
+    if not periods.voted(config):
+        return Elections(given_up=given_up)
+    found = Elections.from_arrays(config, identity.manifest, tensors, given_up)
+    if len(found.bases) < periods.period(config, config.pool_after(committed)) and given_up is None:
+        raise ValueError(f"{committed} rounds elect more than {len(found.bases)} subspaces")
+    return found
 
 
 def _pack_closed(closed: Closed) -> dict[str, NDArray[Any]]:

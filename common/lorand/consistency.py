@@ -13,7 +13,16 @@ Refusals = Iterator[tuple[bool, str]]
 
 def refusals(config: "RunConfig") -> Refusals:
     """Yield every check of a run file whose sections are valid each by itself."""
-    return chain(_model(config), _measured(config), _grown(config), _taken(config), _run(config))
+    return chain(
+        _model(config),
+        _measured(config),
+        _moved_on(config),
+        _grown(config),
+        _taken(config),
+        _subspace(config),
+        _state(config),
+        _run(config),
+    )
 
 
 def _model(config: "RunConfig") -> Refusals:
@@ -56,21 +65,25 @@ def _measured(config: "RunConfig") -> Refusals:
         'directions.family = "independent" costs K passes; use "hadamard" above 4096',
     )
     yield (
-        directions.rotate_every > 0
-        and (config.model.dtype != "float32" or config.model.quantisation != "none"),
-        "directions.rotate_every folds each pool into float32 weights: set model.dtype = "
-        '"float32" and model.quantisation = "none" (workers still pass in bfloat16 with '
-        "--precision)",
-    )
-    yield (
-        directions.rotate_every > 0 and directions.drawing != "uniform",
-        "weights of directions are learned on one pool: set directions.rotate_every = 0, or "
-        'directions.drawing = "uniform"',
-    )
-    yield (
         config.codec.rounding == "unbiased" and config.codec.up == "sign",
         'codec.up = "sign" keeps only signs, which cannot be unbiased: set '
         'codec.rounding = "nearest", or codec.up = "int8" or "log8"',
+    )
+
+
+def _moved_on(config: "RunConfig") -> Refusals:
+    """Runs that leave a pool for another one."""
+    several = config.directions.rotate_every > 0 or config.subspace.selection == "voted"
+    yield (
+        several and (config.model.dtype != "float32" or config.model.quantisation != "none"),
+        "directions.rotate_every and elected subspaces fold each pool into float32 weights: set "
+        'model.dtype = "float32" and model.quantisation = "none" (workers still pass in bfloat16 '
+        "with --precision)",
+    )
+    yield (
+        several and config.directions.drawing != "uniform",
+        "weights of directions are learned on one pool: set directions.rotate_every = 0 and no "
+        'subspace.selection = "voted", or directions.drawing = "uniform"',
     )
 
 
@@ -133,6 +146,79 @@ def _taken(config: "RunConfig") -> Refusals:
         local.taken and config.rounds.aggregation == "majority",
         'rounds.aggregation = "majority" votes on scalars: set local.steps = 0, or '
         'rounds.aggregation = "mean"',
+    )
+
+
+def _subspace(config: "RunConfig") -> Refusals:
+    """Subspaces, and when they are chosen anew."""
+    section, rotate = config.subspace, config.directions.rotate_every
+    shared = section.kind in ("coordinate", "dct")
+    yield (
+        section.kind == "svd" and config.local.space != "weights",
+        'subspace.kind = "svd" is a worker\'s own basis, from gradients of its local steps: set '
+        'local.space = "weights" with estimator.kind = "backprop", or kind = "coordinate" or "dct"',
+    )
+    yield (
+        section.selection == "voted" and not shared,
+        'subspace.selection = "voted" elects columns: set subspace.kind = "coordinate" or "dct"',
+    )
+    yield (
+        section.selection == "voted" and config.estimator.kind != "backprop",
+        'subspace.selection = "voted" needs gradients, which forward passes do not have: set '
+        'selection = "drawn", or estimator.kind = "backprop"',
+    )
+    yield (
+        section.refresh_every > 0 and (rotate == 0 or section.refresh_every % rotate != 0),
+        f"subspace.refresh_every = {section.refresh_every} is not a multiple of "
+        f"directions.rotate_every = {rotate}: a subspace is left with its pool; set both alike",
+    )
+    yield (
+        section.lazy and section.selection != "voted",
+        "subspace.lazy refreshes seldom what voters choose again: set subspace.selection = "
+        '"voted", or lazy = false',
+    )
+    yield (
+        section.probe
+        and not (shared and rotate > 0 and section.state == "none" and not config.local.taken),
+        "subspace.probe compares scalars of the subspace with some of full space: that needs a "
+        'subspace.kind of "coordinate" or "dct", directions.rotate_every, subspace.state = "none" '
+        "and no local steps; or set probe = false",
+    )
+    yield (
+        section.switch_off and not section.probe,
+        "subspace.switch_off goes by what probes tell: set subspace.probe = true as well",
+    )
+
+
+def _state(config: "RunConfig") -> Refusals:
+    """Optimizer state that every replica keeps."""
+    section, optimizer = config.subspace, config.optimizer
+    kept = section.state != "none"
+    name = f'subspace.state = "{section.state}"'
+    yield (
+        kept and not (section.kind in ("coordinate", "dct") and section.selection == "drawn"),
+        f'{name} is kept in subspaces that are drawn: set subspace.kind = "coordinate" or "dct" '
+        'and selection = "drawn"',
+    )
+    yield (
+        section.state in ("frugal", "fira") and section.kind != "coordinate",
+        f'{name} takes what is outside of the subspace as it is: set subspace.kind = "coordinate"',
+    )
+    yield (
+        kept and config.directions.rotate_every != 1,
+        f"{name} steps when a pool is closed: set directions.rotate_every = 1, and "
+        "subspace.refresh_every to the rounds that a subspace lasts",
+    )
+    plain = optimizer.kind == "sgd" and optimizer.normalise and optimizer.momentum == 0
+    yield (
+        kept and not plain,
+        f'{name} takes the coordinator\'s estimate as it is: set optimizer.kind = "sgd", normalise '
+        "= true and momentum = 0",
+    )
+    yield (
+        kept and config.local.taken,
+        f"{name} steps along gradients, and local steps report none: set local.steps = 0, or "
+        'subspace.state = "none"',
     )
 
 

@@ -8,7 +8,7 @@ are the matrix's own, for `dct` those of a cosine transform along that side.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,11 +63,15 @@ def same(one: Basis | None, other: Basis | None) -> bool:
     """Return whether two bases span the same subspaces by the same vectors."""
     if one is None or other is None or one is other:
         return one is other
-    return one.kind == other.kind and all(
-        np.array_equal(mine.get(tid), theirs.get(tid))
-        for mine, theirs in ((one.indices, other.indices), (one.signs, other.signs))
-        for tid in mine.keys() | theirs.keys()
+    return (
+        one.kind == other.kind
+        and _equal(one.indices, other.indices)
+        and _equal(one.signs, other.signs)
     )
+
+
+def _equal(one: Mapping[int, NDArray[Any]], other: Mapping[int, NDArray[Any]]) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(one[tid], other[tid]) for tid in one)
 
 
 def drawn(kind: Kind, manifest: Manifest, key: Key) -> Basis:

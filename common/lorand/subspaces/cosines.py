@@ -32,15 +32,16 @@ def phases(n: int) -> NDArray[np.int64]:
 
 def matrix(n: int) -> NDArray[np.float64]:
     """Return the orthonormal DCT-II of length n, shape (n, n), in floats."""
-    cosines = np.cos(np.pi / (2 * n) * np.arange(4 * n))[phases(n)]
+    cosines: NDArray[np.float64] = np.cos(np.pi / (2 * n) * np.arange(4 * n))[phases(n)]
     cosines[0] *= np.sqrt(0.5)
-    return cosines * np.sqrt(2 / n)
+    cosines *= np.sqrt(2 / n)
+    return cosines
 
 
 @cache
 def table(n: int) -> NDArray[np.int32]:
     """Return round(2^20 cos(π i (2j + 1) / 2n)), shape (n, n), row 0 times √½."""
-    waves = _wave(n)[phases(n)]
+    waves: NDArray[np.int32] = _wave(n)[phases(n)]
     waves[0] = round(2**BITS * 0.5**0.5)
     return waves
 
@@ -51,7 +52,10 @@ def exponent(n: int) -> int:
 
 
 def _wave(n: int) -> NDArray[np.int32]:
-    return np.rint(2**BITS * np.cos(np.pi / (2 * n) * np.arange(4 * n))).astype(np.int32)
+    waves: NDArray[np.int32] = np.rint(2**BITS * np.cos(np.pi / (2 * n) * np.arange(4 * n))).astype(
+        np.int32
+    )
+    return waves
 
 
 def digest_of(config: "RunConfig", manifest: Manifest) -> bytes:

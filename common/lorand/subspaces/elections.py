@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorand.errors import LedgerError
 from lorand.manifest import Manifest
 from lorand.subspaces import periods
-from lorand.subspaces.basis import Basis, Indices, check_indices, drawn, from_gaps, to_gaps
+from lorand.subspaces.basis import Basis, Indices, Kind, check_indices, drawn, from_gaps, to_gaps
 from lorand.subspaces.lazy import Lazy
 from lorand.v1 import ledger_pb2 as pb
 
@@ -59,15 +60,43 @@ class Elections:
         return result
 
     def _with(self, config: "RunConfig", period: int, elected: Columns) -> "Elections":
-        kind = "dct" if config.subspace.kind == "dct" else "coordinate"
-        before = self.bases[-1] if self.bases else Basis(kind, {})
+        before = self.bases[-1] if self.bases else Basis(_kind(config), {})
         lazy = dict(self.lazy)
         for tid, indices in elected.items():
             if tid in lazy:
                 lazy[tid] = lazy[tid].after(period, before.indices[tid], indices)
             else:
-                lazy[tid] = Lazy.first(period)
+                lazy[tid] = Lazy(next_due=period + 1)
         return replace(self, bases=(*self.bases, before.with_indices(elected)), lazy=lazy)
+
+    def to_arrays(self) -> dict[str, NDArray[np.int32]]:
+        """Return all bases as one array, shape (periods, sum of ranks); nothing where none is."""
+        if not self.bases:
+            return {}
+        rows = [np.concatenate([b.indices[tid] for tid in sorted(b.indices)]) for b in self.bases]
+        return {"elected": np.stack(rows).astype(np.int32)}
+
+    @staticmethod
+    def from_arrays(
+        config: "RunConfig",
+        manifest: Manifest,
+        arrays: Mapping[str, NDArray[Any]],
+        given_up: int | None = None,
+    ) -> "Elections":
+        """Return what rebuilds weights, from `to_arrays`. Raises LedgerError, ValueError."""
+        ranked = [(tid, spec) for tid, spec in enumerate(manifest.tensors) if spec.rank]
+        ends = np.cumsum([0, *(spec.rank for _, spec in ranked)])
+        elected = arrays.get("elected", np.zeros((0, int(ends[-1])), np.int32))
+        if elected.dtype.kind != "i" or elected.ndim != 2 or elected.shape[1] != ends[-1]:
+            raise ValueError("elected columns do not fit the manifest")
+        bases = []
+        for row in elected.astype(np.int64):
+            parts = np.split(row, ends[1:-1])
+            for (_, spec), indices in zip(ranked, parts, strict=True):
+                check_indices(spec, indices)
+            tids = [tid for tid, _ in ranked]
+            bases.append(Basis(_kind(config), dict(zip(tids, parts, strict=True))))
+        return Elections(tuple(bases), given_up=given_up)
 
     def basis(self, config: "RunConfig", manifest: Manifest, pool: int, key: "Key") -> Basis | None:
         """Return the basis of a pool; `key` is that of its period's first. None: full space."""
@@ -78,7 +107,11 @@ class Elections:
             return None
         if periods.voted(config):
             return self.bases[period - 1]
-        return drawn("dct" if config.subspace.kind == "dct" else "coordinate", manifest, key)
+        return drawn(_kind(config), manifest, key)
+
+
+def _kind(config: "RunConfig") -> Kind:
+    return "dct" if config.subspace.kind == "dct" else "coordinate"
 
 
 def pack(columns: Columns) -> list[pb.Columns]:

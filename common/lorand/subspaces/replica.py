@@ -41,6 +41,7 @@ class SubspaceReplica(WholeReplica):
         self._basis: Basis | None = None
         self.state = state
         self._flat = torch.empty(0)
+        self._gradient: torch.Tensor | None = None
         super().__init__(tensors, manifest, pool, backend)
 
     @staticmethod
@@ -130,7 +131,7 @@ class SubspaceReplica(WholeReplica):
                 part.bind()
         else:
             self._bind(basis)
-        self._gradient: torch.Tensor | None = None
+        self._gradient = None
         super()._take(pool)
 
     def _bind(self, basis: Basis | None) -> None:

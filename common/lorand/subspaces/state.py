@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from lorand.subspaces.state_optimizers import Settings, State
 
 from lorand.codec import Floats
 from lorand.manifest import Manifest, TensorSpec
 from lorand.subspaces import state_optimizers
 from lorand.subspaces.basis import Basis, Indices, coordinates_shape, length, side
+from lorand.subspaces.state_optimizers import Settings, State
 
 
 class ReplicatedState:
