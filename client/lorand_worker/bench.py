@@ -45,10 +45,12 @@ def load_base(
     *,
     checkpointing: bool = False,
     theirs: Identity | None = None,
+    prepares: bool = False,
 ) -> Base:
     """Load the run's model. Raises ModelError or ConfigError.
 
-    `theirs` is the run's identity where it is known: measured direction scales come from there.
+    `theirs` is the run's identity where it is known: measured direction scales and ranks come from
+    there; who `prepares` the run measures ranks itself.
     `checkpointing`: backward passes over a copy run each block again instead of keeping its
     activations, as they always do layerwise.
     """
@@ -59,7 +61,7 @@ def load_base(
     task = config.task
     loaded = model.load(config.model, len(task.labels), source, kind=task.kind)
     loaded = replace(loaded, stored={name: q.on(device) for name, q in loaded.stored.items()})
-    identity = model.identity(loaded, config, theirs)
+    identity = model.identity(loaded, config, theirs, prepares=prepares)
     module, pool = loaded.module, config.pool(identity)
     elsewhere = [p for p in module.parameters() if p.device != device]
     to_bring = sum(p.nbytes for p in elsewhere)
