@@ -16,7 +16,6 @@ from lorand.layerwise import LayerwiseReplica
 from lorand.ledger import Position
 from lorand.manifest import Identity, Manifest
 from lorand.replica import DTYPES, CopyReplica, Replica, WholeReplica
-from lorand.subspaces import periods
 from lorand.subspaces.replica import SubspaceReplica
 from lorand.subspaces.state import ReplicatedState
 from lorand.subspaces.state_optimizers import Settings
@@ -52,15 +51,17 @@ def load_base(
     *,
     checkpointing: bool = False,
     theirs: Identity | None = None,
+    prepares: bool = False,
 ) -> Base:
     """Load the run's model. Raises ModelError or ConfigError.
 
-    `theirs` is the run's identity where it is known: measured direction scales come from there.
+    `theirs` is the run's identity where it is known: measured direction scales and ranks come from
+    there; who `prepares` the run measures ranks itself.
     `checkpointing`: backward passes over a copy run each block again instead of keeping its
     activations, as they always do layerwise.
     """
     device = parse_device(device_name)
-    inside = periods.subspaced(config)
+    inside = config.subspace.restricts
     whole = config.estimator.kind == "forward" or config.local.space == "weights" or inside
     if whole and weights == Weights.AUTO:
         weights = Weights.COPY  # it differentiates along whole weights, or steps on them
@@ -72,7 +73,7 @@ def load_base(
     task = config.task
     loaded = model.load(config.model, len(task.labels), source, kind=task.kind)
     loaded = replace(loaded, stored={name: q.on(device) for name, q in loaded.stored.items()})
-    identity = model.identity(loaded, config, theirs)
+    identity = model.identity(loaded, config, theirs, prepares=prepares)
     module, pool = loaded.module, ledger.pool_of(config, identity, 0)
     elsewhere = [p for p in module.parameters() if p.device != device]
     to_bring = sum(p.nbytes for p in elsewhere)
@@ -102,7 +103,7 @@ def replica_of(
     config: RunConfig, module: nn.Module, manifest: Manifest, pool: Pool
 ) -> CopyReplica | SubspaceReplica:
     """Return the run's replica of a module that holds the base weights."""
-    if not periods.subspaced(config):
+    if not config.subspace.restricts:
         return CopyReplica.of(module, manifest, pool)
     kept = None
     if config.subspace.state != "none":

@@ -62,33 +62,15 @@ def prepare(
     json_output: Json = False,
 ) -> None:
     """Load the run's model and write run.lock: its digests and trainable tensors."""
-    from lorand_worker import local_steps, tasks
-    from lorand_worker.resolution import check_perturbation
+    from lorand_worker import preparing
 
     config = load(run)
-    local_steps.check(config)
+    preparing.check(run, config, calibrate)
     report = _reporter(json_output)
-    calibrated = config.directions.scale_rule == "calibrated"
-    if calibrated != (calibrate is not None):
-        raise ConfigError(
-            f'{run} has directions.scale_rule = "calibrated": give examples, --calibrate DATA'
-            if calibrated
-            else '--calibrate measures scales for directions.scale_rule = "calibrated": set it in '
-            f"{run}, or leave the option out"
-        )
-    if calibrate is None:
-        base = _load_base(config, model, "cpu", report)
-        tasks.check(base.loaded, config)
-        check_perturbation(config, base.replica)
-        _warm_up(base)
-        identity = base.identity
-    else:
-        identity = _calibrated(config, model, calibrate, report)
-    lock = run.with_name("run.lock")
-    try:
-        lock.write_text(identity.to_lock(), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {lock}: {error}") from error
+    identity = preparing.prepare(
+        config, calibrate, lambda of: _load_base(of, model, "cpu", report, prepares=True), report
+    )
+    lock = preparing.write(run, identity)
     manifest = identity.manifest
     result = {
         "lock": str(lock),
@@ -122,14 +104,17 @@ def calibrate(
     json_output: Json = False,
 ) -> None:
     """Before round 1: suggest perturbation scale, batch size and learning rate from local data."""
-    from lorand_worker import calibrating
+    from lorand_worker import calibrating, preparing
 
     _set_threads(threads)
     config = load(run)
     if write:
         calibrating.check_not_begun(run, config)
     report = _reporter(json_output)
-    base = _load_base(config, model, device, report)
+    theirs = preparing.written(run, config)
+    base = _load_base(config, model, device, report, theirs=theirs)
+    if theirs is not None:
+        guard.check_identity(base.identity, theirs)
     found = calibrating.measure(
         config, base, data, precision, num_directions=directions, num_batches=batches, report=report
     )
@@ -402,33 +387,22 @@ def _load_base(
     weights: Weights = Weights.COPY,
     checkpointing: bool = False,
     theirs: Identity | None = None,
+    prepares: bool = False,
 ) -> Any:
     from lorand_worker.bench import load_base
 
     if model is not None and not model.is_dir():
         raise ConfigError(f"--model {model} is not a folder")
     report.note(f"loading {model or config.model.name}")
-    return load_base(config, model, device, weights, checkpointing=checkpointing, theirs=theirs)
-
-
-def _calibrated(
-    config: RunConfig, model: Path | None, data: Path, report: ConsoleReporter
-) -> Identity:
-    """The run's identity with direction scales measured on these examples."""
-    from lorand_worker import data as data_files
-    from lorand_worker import sensitivity
-    from lorand_worker.bench import task_for
-
-    base = _load_base(sensitivity.uncalibrated(config), model, "cpu", report)
-    task = task_for(base, config, data_files.load(data, config.task))
-    found = sensitivity.measure(base, config, task)
-    identity = sensitivity.identity(base, found)
-    for row, tensor in zip(found, identity.manifest.tensors, strict=True):
-        report.note(
-            f"{row.name}: squared projected gradient {row.gradient:.3g}, curvature "
-            f"{row.curvature:.3g}, scale 2^{tensor.scale_exponent}"
-        )
-    return identity
+    return load_base(
+        config,
+        model,
+        device,
+        weights,
+        checkpointing=checkpointing,
+        theirs=theirs,
+        prepares=prepares,
+    )
 
 
 def _cache_limits(memory_gb: float | None, disk_gb: float | None, folder: Path | None) -> Any:
@@ -436,15 +410,6 @@ def _cache_limits(memory_gb: float | None, disk_gb: float | None, folder: Path |
 
     memory, disk = (None if gb is None else int(gb * 1e9) for gb in (memory_gb, disk_gb))
     return Limits(memory, disk, folder)
-
-
-def _warm_up(base: Any) -> None:
-    """Compile the kernels now, so that workers on this machine find them compiled."""
-    from lorand.kernels import zero_sums
-
-    base.replica.settle()
-    name, tensor = next(base.replica.weights())
-    base.replica.project(name, tensor, zero_sums(base.replica.pool.size, tensor.device))
 
 
 def _state_folder() -> Path:

@@ -18,7 +18,7 @@ from lorand.layers import Absent
 from lorand.manifest import Identity, Manifest, TensorSpec, select_trainable
 from lorand.replica import tensor_bytes
 from lorand.sections import TaskKind
-from lorand_worker import peft_layers, scales
+from lorand_worker import peft_layers, ranks, scales
 from lorand_worker.pretrained import quiet_transformers, read
 from lorand_worker.quantisation import Quantised, quantise_layers
 
@@ -102,27 +102,43 @@ def trainable_tensors(model: LoadedModel, rule: str) -> dict[str, torch.Tensor]:
     return {name: parameters[name] for name in select_trainable(list(parameters), rule)}
 
 
-def identity(model: LoadedModel, config: RunConfig, theirs: Identity | None = None) -> Identity:
+def identity(
+    model: LoadedModel,
+    config: RunConfig,
+    theirs: Identity | None = None,
+    *,
+    prepares: bool = False,
+) -> Identity:
     """Return base digest, tokenizer digest and manifest of a loaded, untrained model.
 
-    `theirs` is the run's identity where it is known: measured direction scales come from there.
+    `theirs` is the run's identity where it is known: measured direction scales and ranks come from
+    there. Without it, ranks are measured only by the machine that `prepares` the run.
     """
-    tensors = trainable_tensors(model, config.model.trainable)
+    if not prepares:
+        ranks.check_decided(config.subspace, theirs)
+    tensors = {
+        name: model.stored[name].dense() if name in model.stored else tensor
+        for name, tensor in trainable_tensors(model, config.model.trainable).items()
+    }
+    known = None if theirs is None else theirs.manifest
+    found = ranks.ranks(config.subspace, tensors, model.new_names, known)
     exponents = scales.exponents(
         config.directions.scale_rule,
-        {n: model.stored[n].dense() if n in model.stored else t for n, t in tensors.items()},
+        {name: tensors[name] for name in found},
         new=model.new_names,
         head_exponent=int(math.log2(config.directions.head_scale)),
-        theirs=None if theirs is None else theirs.manifest,
+        shifts=ranks.shifts(config.subspace, found),
+        theirs=known,
     )
     specs = [
         TensorSpec(
             name,
-            tuple(tensor.shape),
-            str(tensor.dtype).removeprefix("torch."),
+            tuple(tensors[name].shape),
+            str(tensors[name].dtype).removeprefix("torch."),
             exponents[name],
+            rank,
         )
-        for name, tensor in tensors.items()
+        for name, rank in found.items()
     ]
     manifest = Manifest(tuple(sorted(specs, key=lambda spec: spec.name)))
     digest = base_digest(model.module, model.stored)

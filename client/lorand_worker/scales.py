@@ -22,24 +22,27 @@ def exponents(
     *,
     new: frozenset[str],
     head_exponent: int,
+    shifts: Mapping[str, int] | None = None,
     theirs: Manifest | None = None,
 ) -> dict[str, int]:
     """Return each trainable tensor's exponent s: its part of a direction is ±2^s.
 
     `head`: head_exponent for tensors that are `new`, 0 for all others. `size`: new ones the same,
     others by their own root mean square (`by_size`). `calibrated`: as measured when the run was
-    prepared. `theirs` is the run's manifest, where there is one: sizes are then not computed again,
-    since sums of floats differ in their last bits from machine to machine.
+    prepared. `shifts` are added to what a rule finds (`ranks.shifts`). `theirs` is the run's
+    manifest, where there is one: sizes are then not computed again, since sums of floats differ in
+    their last bits from machine to machine.
 
     Raises ConfigError for a calibrated run without a manifest, ModelError for exponents beyond
     `ALLOWED`.
     """
+    shift = dict.fromkeys(tensors, 0) | dict(shifts or {})
     first = {name: head_exponent if name in new else 0 for name in tensors}
     if rule == "head":
-        return first
+        return {name: first[name] + shift[name] for name in tensors}
     if theirs is not None:
         given = {spec.name: spec.scale_exponent for spec in theirs.tensors}
-        beyond = [name for name, s in given.items() if abs(s) > ALLOWED]
+        beyond = [name for name, s in given.items() if abs(s - shift.get(name, 0)) > ALLOWED]
         if beyond:
             raise ModelError(
                 f"the run moves {beyond[0]!r} by 2^{given[beyond[0]]}, which is beyond "
@@ -47,7 +50,8 @@ def exponents(
             )
         return {name: given.get(name, 0) for name in tensors}
     if rule == "size":
-        return first | by_size({n: t for n, t in tensors.items() if n not in new})
+        found = first | by_size({n: t for n, t in tensors.items() if n not in new})
+        return {name: found[name] + shift[name] for name in tensors}
     raise ConfigError(
         'directions.scale_rule = "calibrated" needs a run.lock with measured scales beside the run '
         "file: write it with `lr-worker prepare run.toml --calibrate DATA`"

@@ -122,6 +122,16 @@ class SubspaceSection(Section):
     probe: bool = False
     switch_off: bool = False
 
+    @property
+    def restricts(self) -> bool:
+        """Whether directions act in subspaces that all replicas share: matrices have a rank."""
+        return self.kind in ("coordinate", "dct")
+
+    @property
+    def measures_ranks(self) -> bool:
+        """Whether ranks follow from singular values: they are in run.lock, or nobody knows them."""
+        return self.restricts and self.rank_rule == "welore"
+
     @field_validator("targets")
     @classmethod
     def _is_a_pattern(cls, targets: str) -> str:

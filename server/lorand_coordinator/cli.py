@@ -102,6 +102,11 @@ def serve(
             f"there is no {lock} with calibrated scales (directions.scale_rule); write it with "
             f"`lr-worker prepare {run} --calibrate DATA`"
         )
+    elif config.subspace.measures_ranks:
+        raise ConfigError(
+            f"there is no {lock} with the ranks of matrices (subspace.rank_rule); write it with "
+            f"`lr-worker prepare {run}`"
+        )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     path = ledger_path or Path(config.service.ledger or run.with_name(f"{config.run.name}.ledger"))
     store = SqliteStore(path)

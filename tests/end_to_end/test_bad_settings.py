@@ -95,3 +95,15 @@ def test_weights_of_float32_bear_a_small_perturbation(make_room: MakeRoom) -> No
     assert "of the trained float32 weights" in text
     assert "model.dtype" not in text
     assert math.isfinite(float(text.rsplit("set it to at least ", 1)[1]))
+
+
+def test_ranks_that_nobody_decided(make_room: MakeRoom) -> None:
+    """Singular values differ between machines: without run.lock a run has no ranks."""
+    subspace = {"kind": "coordinate", "rank": 12, "rank_rule": "welore"}
+    room = make_room(tiny.settings("spsa", **NOT_LOCKED, subspace=subspace))
+    code, text = room.failure("lr-coordinator", "serve", room.run)
+    assert code == 2, text
+    assert "with the ranks of matrices (subspace.rank_rule); write it with `lr-worker pre" in text
+    code, text = on_model(room, "calibrate", "--data", room.data["hotels"])
+    assert code == 2, text
+    assert 'subspace.rank_rule = "welore" needs a run.lock with the ranks' in text

@@ -13,14 +13,9 @@ PROBE_EVERY = 8
 """With `subspace.probe`, every so many periods one is in full space, for comparison."""
 
 
-def subspaced(config: "RunConfig") -> bool:
-    """Return whether directions of the run act in subspaces that all replicas share."""
-    return config.subspace.kind in ("coordinate", "dct")
-
-
 def voted(config: "RunConfig") -> bool:
     """Return whether participants vote on the columns."""
-    return subspaced(config) and config.subspace.selection == "voted"
+    return config.subspace.restricts and config.subspace.selection == "voted"
 
 
 def pool_after(config: "RunConfig", committed: int) -> int:
@@ -53,7 +48,7 @@ def first_pool(config: "RunConfig", number: int) -> int:
 
 def in_full_space(config: "RunConfig", number: int) -> bool:
     """Return whether directions of a period act on whole tensors, for a vote or as a probe."""
-    if not subspaced(config) or (voted(config) and number == 0):
+    if not config.subspace.restricts or (voted(config) and number == 0):
         return True
     return config.subspace.probe and number % PROBE_EVERY == 0
 
