@@ -18,21 +18,26 @@ from torch import nn
 
 from experiments import packing
 from experiments import quick as short_cut
-from lorand import codec
+from lorand import codec, ledger
 from lorand.codec import Floats
 from lorand.coefficients import add
 from lorand.config import RunConfig
 from lorand.directions import Draws, Indices
 from lorand.manifest import Identity, run_digest
-from lorand.replica import CopyReplica
+from lorand.replica import WholeReplica
+from lorand.subspaces import elections
+from lorand.subspaces.elections import Elections
+from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import optimizer
 from lorand_coordinator.aggregation import Report
 from lorand_worker import local_steps, model
+from lorand_worker.bench import replica_of
 from lorand_worker.data import Examples, Sampler
 from lorand_worker.estimators import Loss, Order
 from lorand_worker.local_steps import Batches
 from lorand_worker.participant import encode
 from lorand_worker.tasks import Forward, Score, Task, build
+from lorand_worker.votes import vote
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("LORAND_DATA", ROOT.parent / "shared" / "data"))
@@ -107,7 +112,7 @@ class _Bench:
     `losses` are given what draws each worker's batches, and return it with the loss.
     """
 
-    replica: CopyReplica
+    replica: WholeReplica
     losses: Callable[[Sequence[Batches]], Sequence[tuple[Loss, Batches]]]
     score: Callable[[], Score]
 
@@ -135,12 +140,15 @@ class _Federation:
         self._draws = draws
         self._state = optimizer.start(config)
         self._rounding = np.random.default_rng(seed)
+        self._elections = Elections()
         self._forget()
 
     def round(self, round_index: int) -> None:
         """Have all workers measure, commit, and follow."""
         config, replica = self._config, self._bench.replica
         reports = {}
+        manifest = self._identity.manifest
+        due, votes = self._elections.due(config, manifest, round_index), []
         size = self._state.pace.batch_size
         losses = self._bench.losses([partial(sampler.batch, size) for sampler in self._samplers])
         for worker, (loss, batches) in enumerate(losses):
@@ -148,6 +156,8 @@ class _Federation:
             order = Order(indices, self._draws.importance(indices), round_index)
             measured = self._work.do(loss, batches, order, self._sizes[worker])
             reports[worker] = self._report(worker, indices, measured.values)
+            if due:
+                votes.append(vote(replica, loss, batches, due, config.subspace.kind))
         before = self._state.coefficients
         self._state, update = optimizer.advance(
             config, self._draws, self._state, round_index, reports
@@ -156,7 +166,11 @@ class _Federation:
         self._draws = self._draws.after(update.indices, change)
         if config.pool_after(round_index + 1) != config.pool_after(round_index):
             last = add(before, update.indices, change)
-            replica.fold(last, config.pool(self._identity, config.pool_after(round_index + 1)))
+            basis = elections.pack(elections.most_votes(manifest, votes)) if due else []
+            commit = pb.Commit(basis=basis)
+            self._elections = self._elections.after(config, manifest, round_index, commit)
+            number = config.pool_after(round_index + 1)
+            replica.fold(last, ledger.pool_of(config, self._identity, number, self._elections))
             self._forget()
         replica.set(self._state.coefficients)
 
@@ -181,7 +195,8 @@ def _bench(
     test: Examples,
     forward: Forward | None,
 ) -> _Bench:
-    replica = CopyReplica.of(loaded.module, identity.manifest, config.pool(identity))
+    pool = ledger.pool_of(config, identity, 0)
+    replica = replica_of(config, loaded.module, identity.manifest, pool)
     trainable = {spec.name for spec in identity.manifest.tensors}
 
     def task(examples: Examples) -> Task:
@@ -205,8 +220,7 @@ def _short_bench(
 ) -> _Bench:
     assert config.estimator.kind != "forward", "the short cut's attention has no forward mode"
     assert forward is None, "the short cut has its own precision"
-    parameters = dict(loaded.module.named_parameters())
-    replica = short_cut.LazyReplica(parameters, identity.manifest, config.pool(identity))
+    replica = short_cut.replica_of(config, loaded.module, identity)
     kept = [packing.texts(loaded, part, config.model) for part in (*shards, test)]
     layers = int(config.model.trainable.removeprefix("last:"))
     upper = short_cut.Upper(loaded.module, layers, replica.write)

@@ -14,14 +14,19 @@ from torch import nn
 from torch.nn import functional
 
 from experiments.packing import TOGETHER, Alike, Batch, Texts, batch
-from lorand.replica import CopyReplica
+from lorand.config import RunConfig
+from lorand.ledger import pool_of
+from lorand.manifest import Identity
+from lorand.replica import CopyReplica, WholeReplica
+from lorand.subspaces.replica import SubspaceReplica
+from lorand_worker import bench
 from lorand_worker.estimators import Loss
 from lorand_worker.heads import PooledClassifier
 from lorand_worker.local_steps import Batches
 from lorand_worker.tasks import Score
 
 
-class LazyReplica(CopyReplica):
+class _Lazy(WholeReplica):
     """A replica that writes its weights only when `write` asks for them.
 
     Where workers share a pass, most perturbations are never written.
@@ -33,6 +38,23 @@ class LazyReplica(CopyReplica):
     def write(self) -> None:
         """Write the weights where they are not yet what they should be."""
         super().settle()
+
+
+class LazyReplica(_Lazy, CopyReplica):
+    """One with directions on whole tensors."""
+
+
+class LazySubspaceReplica(_Lazy, SubspaceReplica):
+    """One with directions in subspaces."""
+
+
+def replica_of(config: RunConfig, module: nn.Module, identity: Identity) -> _Lazy:
+    """Return the run's replica of a module that holds the base weights."""
+    tensors, pool = dict(module.named_parameters()), pool_of(config, identity, 0)
+    if not config.subspace.restricts:
+        return LazyReplica(tensors, identity.manifest, pool)
+    state = bench.state_of(config, identity.manifest)
+    return LazySubspaceReplica(tensors, identity.manifest, pool, state=state)
 
 
 def together(

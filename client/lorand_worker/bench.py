@@ -105,10 +105,13 @@ def replica_of(
     """Return the run's replica of a module that holds the base weights."""
     if not config.subspace.restricts:
         return CopyReplica.of(module, manifest, pool)
-    kept = None
-    if config.subspace.state != "none":
-        kept = ReplicatedState(manifest, Settings(config.subspace.state), config.rate)
-    return SubspaceReplica.of(module, manifest, pool, kept)
+    return SubspaceReplica.of(module, manifest, pool, state_of(config, manifest))
+
+
+def state_of(config: RunConfig, manifest: Manifest) -> ReplicatedState | None:
+    """Return the optimizer state that the run's replicas keep, if any."""
+    kind = config.subspace.state
+    return None if kind == "none" else ReplicatedState(manifest, Settings(kind), config.rate)
 
 
 def bring(replica: Replica, position: Position) -> None:

@@ -14,7 +14,6 @@ from tests import tiny
 from tests.commands import Command, MakeRoom, Room, committed, start, status, wait_for
 
 from lorand import adapter, ledger
-from lorand.coefficients import zeros
 from lorand.replica import tensor_bytes
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator.presets import PRESETS
@@ -66,7 +65,8 @@ def assert_same_bits(room: Room, results: Sequence[dict[str, Any]]) -> None:
     assert position.finished
     assert {result["weights_digest"] for result in results} == {replayed(room)}
     assert {result["head"] for result in results} <= heads_after_finish(room)
-    assert not np.array_equal(position.coefficients, zeros(len(position.coefficients)))
+    moved = position.coefficients.any() or any(pool.values.any() for pool in position.closed)
+    assert moved, "the run went somewhere"
 
 
 def heads_after_finish(room: Room) -> set[str]:
