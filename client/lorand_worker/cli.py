@@ -311,7 +311,6 @@ def export(
     """Write the kilobyte adapter of a run and, with --merged, the whole fine-tuned model."""
     from lorand import adapter
     from lorand_worker import merge
-    from lorand_worker.bench import bring
 
     position = _position(source)
     size = adapter.save(adapter.of(position), folder)
@@ -324,15 +323,35 @@ def export(
         f"wrote {folder / adapter.WEIGHTS_FILE}: {size:,} bytes after {position.committed} rounds"
     )
     if merged:
-        report = _reporter(json_output)
-        base = _load_base(position.config, model, "cpu", report, theirs=position.identity)
-        guard.check_identity(base.identity, position.identity)
-        bring(base.replica, position)
-        base.replica.settle()
+        base = _load_at(position, model, "cpu", _reporter(json_output))
         result["merged"] = str(merge.save(base.loaded, position, folder / "merged"))
         result["weights_digest"] = base.replica.digest().hex()
         text += f"\nwrote {result['merged']}: the whole model"
     _result(result, text, json_output)
+
+
+@app.command()
+def squeeze(
+    source: Annotated[
+        str,
+        typer.Argument(help="Folder of an exported adapter, exported ledger file, or HOST:PORT."),
+    ],
+    folder: Annotated[Path, typer.Argument(help="Where to write.")],
+    rank: Annotated[int, typer.Option(min=1, help="Rank that is kept of each layer's update.")],
+    model: Model = None,
+    json_output: Json = False,
+) -> None:
+    """Write a run's LoRA layers at a smaller rank, as an adapter that the peft library opens."""
+    from lorand import adapter
+    from lorand_worker import squeeze as squeezing
+
+    exported = Path(source).is_dir()
+    position = adapter.position(adapter.load(Path(source))) if exported else _position(source)
+    squeezing.check(position.config, rank, folder)
+    base = _load_at(position, model, "cpu", _reporter(json_output))
+    kept = squeezing.save(base.loaded, position, rank, folder)
+    result = {"folder": str(folder), "rank": rank, "kept": kept}
+    _result(result, squeezing.told(kept, rank, folder), json_output)
 
 
 @app.command()
@@ -343,13 +362,8 @@ def replay(
     json_output: Json = False,
 ) -> None:
     """Rebuild the weights from a ledger and the base model, and print their digest."""
-    from lorand_worker.bench import bring
-
     position = _position(source)
-    report = _reporter(json_output)
-    base = _load_base(position.config, model, device, report, theirs=position.identity)
-    guard.check_identity(base.identity, position.identity)
-    bring(base.replica, position)
+    base = _load_at(position, model, device, _reporter(json_output))
     digest = base.replica.digest().hex()
     _result(
         {"rounds": position.committed, "head": position.head.hex(), "weights_digest": digest},
@@ -403,6 +417,17 @@ def _load_base(
         theirs=theirs,
         prepares=prepares,
     )
+
+
+def _load_at(position: Any, model: Path | None, device: str, report: ConsoleReporter) -> Any:
+    """The run's model with the weights of a position of the run."""
+    from lorand_worker.bench import bring
+
+    base = _load_base(position.config, model, device, report, theirs=position.identity)
+    guard.check_identity(base.identity, position.identity)
+    bring(base.replica, position)
+    base.replica.settle()
+    return base
 
 
 def _cache_limits(memory_gb: float | None, disk_gb: float | None, folder: Path | None) -> Any:

@@ -147,10 +147,11 @@ class WeightSteps:
 class CoordinateSteps:
     """Steps of a torch optimizer on the coordinates of shared subspaces, as GaLore takes them on
     PᵀG (Zhao et al., ICML 2024, algorithm 2) with everybody's P; where they led, D, of q numbers
-    over all tensors, is reported as γ = Zᵀ D / max(K, q).
+    over all tensors, is reported as γ = Zᵀ D / K.
 
     Up to K coordinates are in different buckets of the pool, so that Z γ is D exactly for K ≥ q.
-    Beyond, q/K of them share one, and K/q is the factor with the least mean square error.
+    Beyond, q/K of them share one: E[Z γ] is D still, with q/K as much squared length. The factor of
+    least square error, 1/q, learns more slowly: `experiments/results/subspaces.md`.
     """
 
     def __init__(self, config: RunConfig, replica: SubspaceReplica) -> None:
@@ -185,8 +186,8 @@ class CoordinateSteps:
         finally:
             replica.disturbed()
             self._leaves = {}
-        most = max(replica.pool.size, len(drift))
-        moved = _not_too_far(replica.scalars_of(drift)[order.indices] / most)
+        scalars = replica.scalars_of(drift)[order.indices]
+        moved = _not_too_far(scalars / replica.pool.size)
         return Measurement(-moved, float(np.mean(losses)))
 
     def _take(self, name: str, gradient: torch.Tensor) -> None:

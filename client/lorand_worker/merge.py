@@ -9,7 +9,7 @@ from torch import nn
 
 from lorand.errors import ModelError
 from lorand.ledger import Position
-from lorand.sections import PLAIN_TEMPLATE
+from lorand.sections import PLAIN_TEMPLATE, TaskSection
 from lorand_worker import peft_layers
 from lorand_worker.heads import LanguageModel, OwnClassifier, PooledClassifier
 from lorand_worker.model import LoadedModel
@@ -24,35 +24,38 @@ def save(loaded: LoadedModel, position: Position, folder: Path) -> Path:
     head.safetensors and head.json.
     """
     task = position.config.task
-    labels = list(task.labels)
+    module = loaded.module
     try:
         folder.mkdir(parents=True, exist_ok=True)
         loaded.tokenizer.save_pretrained(folder)
-        module = loaded.module
         if loaded.adapted:
             peft_layers.merge(module)
         if isinstance(module, OwnClassifier):
-            _name_labels(module.model, labels)
-            _pretrained(module.model).save_pretrained(folder, safe_serialization=True)
-        elif isinstance(module, LanguageModel):
-            _pretrained(module.model).save_pretrained(folder, safe_serialization=True)
-            template = task.template or PLAIN_TEMPLATE
-            asked = {"template": template, "labels": labels, "label_words": task.label_words}
-            (folder / "prompt.json").write_text(json.dumps(asked, indent=1), encoding="utf-8")
-        else:
-            assert isinstance(module, PooledClassifier)
-            _pretrained(module.encoder).save_pretrained(folder, safe_serialization=True)
-            head = {name: t.detach().contiguous() for name, t in module.head.state_dict().items()}
-            save_file(head, folder / "head.safetensors")
-            note = {
-                "labels": labels,
-                "pooling": "mean over tokens, unit length, times feature_scale",
-                "feature_scale": module.feature_scale,
-            }
-            (folder / "head.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
+            _name_labels(module.model, list(task.labels))
+        inner = "encoder" if isinstance(module, PooledClassifier) else "model"
+        _pretrained(module.get_submodule(inner)).save_pretrained(folder, safe_serialization=True)
+        save_beside(module, task, folder)
     except OSError as error:
         raise ModelError(f"cannot write the merged model to {folder}: {error}") from error
     return folder
+
+
+def save_beside(module: nn.Module, task: TaskSection, folder: Path) -> None:
+    """Write what no Hugging Face model holds: a pooled head, or how a language model is asked."""
+    labels = list(task.labels)
+    if isinstance(module, LanguageModel):
+        template = task.template or PLAIN_TEMPLATE
+        asked = {"template": template, "labels": labels, "label_words": task.label_words}
+        (folder / "prompt.json").write_text(json.dumps(asked, indent=1), encoding="utf-8")
+    elif isinstance(module, PooledClassifier):
+        head = {name: t.detach().contiguous() for name, t in module.head.state_dict().items()}
+        save_file(head, folder / "head.safetensors")
+        note = {
+            "labels": labels,
+            "pooling": "mean over tokens, unit length, times feature_scale",
+            "feature_scale": module.feature_scale,
+        }
+        (folder / "head.json").write_text(json.dumps(note, indent=1), encoding="utf-8")
 
 
 def _name_labels(model: nn.Module, labels: list[str]) -> None:

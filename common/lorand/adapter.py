@@ -1,7 +1,7 @@
 """The kilobyte adapter: coefficients and what they refer to; enough to rebuild all weights."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from lorand.closed import Closed, Sparse, narrow
 from lorand.coefficients import Coefficients
 from lorand.config import RunConfig
 from lorand.errors import LedgerError, ModelError
-from lorand.ledger import Position
+from lorand.ledger import Position, origin
 from lorand.manifest import Identity
 from lorand.subspaces import periods
 from lorand.subspaces.elections import Elections
@@ -49,6 +49,17 @@ def of(position: Position) -> Adapter:
         position.head,
         position.closed,
         position.elections,
+    )
+
+
+def position(adapter: Adapter) -> Position:
+    """Return the place in its run: all that weights follow from, but none to read on from."""
+    return replace(
+        origin(adapter.config, adapter.identity),
+        coefficients=adapter.coefficients,
+        committed=adapter.committed,
+        head=adapter.head,
+        closed=adapter.closed,
     )
 
 

@@ -1,6 +1,7 @@
 """Weights in 8 bits and bases in 4."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,6 +203,9 @@ def test_what_is_refused(kind: type[Int8]) -> None:
             kind.of(torch.tensor([0.0, value] * 300))
     with pytest.raises(ModelError, match=r"float64 cannot be kept .* set model\.dtype"):
         kind.of(torch.zeros(3, dtype=torch.float64))
+    unkeyed: Any = "stochastic"
+    with pytest.raises(ValueError, match=r"or Stochastic\(key, fold, tid\), not 'stochastic'"):
+        kind.of(torch.zeros(3), unkeyed)
     with pytest.raises(ValueError, match="no noise for fold"):
         Stochastic((1, 2), fold=2**31, tid=0)
 

@@ -100,10 +100,14 @@ class Int8:
                 f"a tensor of {tensor.dtype} cannot be kept in {cls.bits} bits: set model.dtype to "
                 '"float32", "bfloat16" or "float16"'
             )
+        if rounding != "nearest" and not isinstance(rounding, Stochastic):
+            raise ValueError(
+                f'rounding is "nearest" or Stochastic(key, fold, tid), not {rounding!r}'
+            )
         flat, device = tensor.detach().reshape(-1), tensor.device
         groups = -(-flat.numel() // GROUP)
         codes = torch.empty(-(-flat.numel() * cls.bits // 8), dtype=torch.uint8, device=device)
-        scales, zeros = (torch.empty(groups, device=device) for _ in range(2))
+        scales, zeros = torch.empty((2, groups), dtype=torch.float32, device=device).unbind()
         for start, count, width in _chunks(flat.numel(), device):
             first, last = start // GROUP, -(-(start + count) // GROUP)
             weights = flat[start : start + count].reshape(-1, width).double()
