@@ -30,11 +30,10 @@ from lorand.subspaces.elections import Elections
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import optimizer
 from lorand_coordinator.aggregation import Report
-from lorand_worker import local_steps, model
+from lorand_worker import local_steps, model, stepping
 from lorand_worker.bench import replica_of
 from lorand_worker.data import Examples, Sampler
-from lorand_worker.estimators import Loss, Order
-from lorand_worker.local_steps import Batches
+from lorand_worker.estimators import Batches, Loss, Order
 from lorand_worker.participant import encode
 from lorand_worker.tasks import Forward, Score, Task, build
 from lorand_worker.votes import vote
@@ -257,7 +256,7 @@ def forwards_a_round(config: RunConfig, examples: int = 1) -> int:
     """
     n = config.estimator.directions_per_round
     each = {"spsa": 2 * n, "one-sided": n + 1, "forward": 3 * n, "backprop": 3}
-    steps = local_steps.steps(config, examples) if config.local.taken else 1
+    steps = stepping.steps(config, examples) if config.local.taken else 1
     return each[config.estimator.kind] * steps
 
 

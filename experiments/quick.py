@@ -20,9 +20,8 @@ from lorand.manifest import Identity
 from lorand.replica import CopyReplica, WholeReplica
 from lorand.subspaces.replica import SubspaceReplica
 from lorand_worker import bench
-from lorand_worker.estimators import Loss
+from lorand_worker.estimators import Batches, Loss
 from lorand_worker.heads import PooledClassifier
-from lorand_worker.local_steps import Batches
 from lorand_worker.tasks import Score
 
 
@@ -53,8 +52,8 @@ def replica_of(config: RunConfig, module: nn.Module, identity: Identity) -> _Laz
     tensors, pool = dict(module.named_parameters()), pool_of(config, identity, 0)
     if not config.subspace.restricts:
         return LazyReplica(tensors, identity.manifest, pool)
-    state = bench.state_of(config, identity.manifest)
-    return LazySubspaceReplica(tensors, identity.manifest, pool, state=state)
+    kept = bench.kept_of(config, identity.manifest)
+    return LazySubspaceReplica(tensors, identity.manifest, pool, **kept)
 
 
 def together(

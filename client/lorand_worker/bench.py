@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -105,13 +106,15 @@ def replica_of(
     """Return the run's replica of a module that holds the base weights."""
     if not config.subspace.restricts:
         return CopyReplica.of(module, manifest, pool)
-    return SubspaceReplica.of(module, manifest, pool, state_of(config, manifest))
+    return SubspaceReplica.of(module, manifest, pool, **kept_of(config, manifest))
 
 
-def state_of(config: RunConfig, manifest: Manifest) -> ReplicatedState | None:
-    """Return the optimizer state that the run's replicas keep, if any."""
+def kept_of(config: RunConfig, manifest: Manifest) -> dict[str, Any]:
+    """Return what else replicas in subspaces keep: optimizer state, weights in 8 bits."""
     kind = config.subspace.state
-    return None if kind == "none" else ReplicatedState(manifest, Settings(kind), config.rate)
+    state = None if kind == "none" else ReplicatedState(manifest, Settings(kind), config.rate)
+    rounding = {"float": "none", "int8": "nearest", "int8-stochastic": "stochastic"}
+    return {"state": state, "rounding": rounding[config.subspace.weights]}
 
 
 def bring(replica: Replica, position: Position) -> None:

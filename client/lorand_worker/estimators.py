@@ -25,6 +25,9 @@ from lorand.subspaces.elections import Columns
 Loss = Callable[[Sequence[int]], torch.Tensor]
 """Mean loss of a batch of example indices at the live weights, a scalar tensor."""
 
+Batches = Callable[[], Sequence[int]]
+"""Draws the next batch of example indices."""
+
 
 class NonFiniteLoss(LorandError):
     """The loss of a batch is not a finite number: the worker sits the round out."""

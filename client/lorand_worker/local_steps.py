@@ -3,34 +3,30 @@
 `SeedSteps` walk on the coefficients, so that the weights stay w(A) for some A (FedKSeed, Qin et
 al., ICML 2024, algorithm 1, where each step measures one direction; with backward passes each step
 measures all K). `WeightSteps` walk on all weights; where they led is reported as K scalars (Ferret,
-Shu et al., ICML 2025, algorithm 1). `CoordinateSteps` do so in the subspaces that a run shares.
+Shu et al., ICML 2025, algorithm 1). `projected_steps` do so inside of subspaces.
 
 Both steps report the way back in units of an unscaled weight, shape (count,): the coordinator takes
 its mean over participants for a gradient (Reddi et al., Adaptive Federated Optimization, ICLR
 2021).
 """
 
-from collections.abc import Callable, Sequence
-from importlib import import_module
-from math import ceil, sqrt
-from typing import Any, Protocol
+from math import sqrt
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from lorand.codec import Floats
-from lorand.coefficients import MOVE_LIMIT, add
-from lorand.config import LocalSection, RunConfig
+from lorand.coefficients import add
+from lorand.config import RunConfig
 from lorand.errors import ConfigError
 from lorand.kernels import zero_sums
 from lorand.replica import CopyReplica, Replica
 from lorand.subspaces.replica import SubspaceReplica
 from lorand_worker import estimators
-from lorand_worker.estimators import Estimator, Loss, Measurement, NonFiniteLoss, Order, finite
-
-Batches = Callable[[], Sequence[int]]
-"""Draws the next batch of example indices."""
+from lorand_worker.estimators import Batches, Estimator, Loss, Measurement, Order, finite
+from lorand_worker.projected_steps import CoordinateSteps, SvdSteps
+from lorand_worker.stepping import check, make, not_too_far, rate, steps, try_out
 
 
 class Work(Protocol):
@@ -72,7 +68,7 @@ class SeedSteps:
         parts = self._parts(count, examples)
         root = sqrt(parts[0].stop)
         place = nn.Parameter(torch.zeros(count, dtype=torch.float64))
-        optimizer = _optimizer(self._config.local, [place], rate(self._config, order.committed))
+        optimizer = make(self._config.local, [place], rate(self._config, order.committed))
         losses = []
         try:
             for part in parts:
@@ -83,7 +79,7 @@ class SeedSteps:
                 gradient *= root / len(measured.values)
                 place.grad = torch.from_numpy(gradient)
                 optimizer.step()
-                moved = _not_too_far(place.detach().numpy() / root)
+                moved = not_too_far(place.detach().numpy() / root)
                 quanta = np.rint(moved * 2.0**self._config.directions.quantum_exponent)
                 self._replica.set(add(start, order.indices, quanta.astype(np.int64)))
         finally:
@@ -125,7 +121,7 @@ class WeightSteps:
         """See Work."""
         self._replica.settle()
         weights = list(self._replica.parameters.values())
-        optimizer = _optimizer(self._config.local, weights, rate(self._config, order.committed))
+        optimizer = make(self._config.local, weights, rate(self._config, order.committed))
         losses = []
         try:
             for _ in range(steps(self._config, examples)):
@@ -140,142 +136,8 @@ class WeightSteps:
         finally:
             optimizer.zero_grad(set_to_none=True)
             self._replica.disturbed()
-        moved = _not_too_far(self._replica.scalars(sums)[order.indices] / self._replica.pool.size)
+        moved = not_too_far(self._replica.scalars(sums)[order.indices] / self._replica.pool.size)
         return Measurement(-moved, float(np.mean(losses)))
-
-
-class CoordinateSteps:
-    """Steps of a torch optimizer on the coordinates of shared subspaces, as GaLore takes them on
-    PᵀG (Zhao et al., ICML 2024, algorithm 2) with everybody's P; where they led, D, of q numbers
-    over all tensors, is reported as γ = Zᵀ D / K.
-
-    Up to K coordinates are in different buckets of the pool, so that Z γ is D exactly for K ≥ q.
-    Beyond, q/K of them share one: E[Z γ] is D still, with q/K as much squared length. The factor of
-    least square error, 1/q, learns more slowly: `experiments/results/subspaces.md`.
-    """
-
-    def __init__(self, config: RunConfig, replica: SubspaceReplica) -> None:
-        """Take the replica's gradients. Raises ConfigError."""
-        self._config, self._replica = config, replica
-        self._leaves: dict[str, nn.Parameter] = {}
-        for dimensions in sorted({len(spec.shape) for spec in replica.manifest.tensors}):
-            try_out(config.local, torch.zeros([4] * dimensions))
-        replica.on_gradient(self._take)
-
-    def do(self, loss: Loss, batches: Batches, order: Order, examples: int) -> Measurement:
-        """See Work."""
-        replica = self._replica
-        replica.settle()
-        start = replica.coordinates().clone()
-        self._leaves = {
-            name: nn.Parameter(torch.zeros(shape, device=start.device))
-            for name, _, _, shape in replica.parts()
-        }
-        leaves: list[torch.Tensor] = list(self._leaves.values())
-        optimizer = _optimizer(self._config.local, leaves, rate(self._config, order.committed))
-        losses = []
-        try:
-            for _ in range(steps(self._config, examples)):
-                value = loss(batches())
-                losses.append(finite(value.detach()))
-                value.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                drift = self._drift(start)
-                replica.write_at(start + drift)
-        finally:
-            replica.disturbed()
-            self._leaves = {}
-        scalars = replica.scalars_of(drift)[order.indices]
-        moved = _not_too_far(scalars / replica.pool.size)
-        return Measurement(-moved, float(np.mean(losses)))
-
-    def _take(self, name: str, gradient: torch.Tensor) -> None:
-        self._leaves[name].grad = self._replica.gather(name, gradient)
-
-    @torch.no_grad()
-    def _drift(self, like: torch.Tensor) -> torch.Tensor:
-        """D in units of unscaled coordinates, shape (q,)."""
-        drift = torch.empty_like(like)
-        for name, part, place, _ in self._replica.parts():
-            drift[place] = self._leaves[name].reshape(-1) / part.factor
-        return drift
-
-
-def _not_too_far(moved: Floats) -> Floats:
-    """Return where steps led. Raises NonFiniteLoss where no contribution can say it."""
-    far = float(np.abs(moved).sum())
-    if not far <= MOVE_LIMIT:
-        raise NonFiniteLoss(
-            f"local steps moved weights by up to {far:.3g}, the limit is {MOVE_LIMIT}; a lower "
-            "local.learning_rate may help"
-        )
-    return moved
-
-
-def steps(config: RunConfig, examples: int) -> int:
-    """Return how many steps a participant with so many examples takes in a round."""
-    batch = min(config.estimator.batch_size, examples)
-    return config.local.steps or config.local.epochs * ceil(examples / batch)
-
-
-def rate(config: RunConfig, committed: int) -> float:
-    """Return the local learning rate of the next round."""
-    return config.local.learning_rate * config.rate_factor(committed)
-
-
-def check(config: RunConfig) -> None:
-    """Raise ConfigError unless the run's local optimizer, if any, is there and takes a step."""
-    if config.local.taken:
-        try_out(
-            config.local, torch.zeros(4, 4) if config.local.space == "weights" else torch.zeros(4)
-        )
-
-
-def try_out(section: LocalSection, like: torch.Tensor) -> None:
-    """Take one step on a small tensor. Raises ConfigError when the optimizer cannot."""
-    trial = nn.Parameter(torch.zeros_like(like))
-    optimizer = _optimizer(section, [trial], section.learning_rate)
-    trial.grad = torch.ones_like(like)
-    try:
-        optimizer.step()
-    except Exception as error:  # of a library that the run file chose: any kind
-        raise ConfigError(
-            f"local.optimizer = {section.optimizer!r} cannot step on a tensor of shape "
-            f"{tuple(like.shape)} by its gradient: {error}; choose another, such as AdamW"
-        ) from error
-
-
-def _optimizer(
-    section: LocalSection, weights: list[torch.Tensor], learning_rate: float
-) -> torch.optim.Optimizer:
-    """The optimizer of that name in torch.optim, or in pytorch_optimizer where installed."""
-    kind: Any = getattr(torch.optim, section.optimizer, None) or _elsewhere(section.optimizer)
-    if not _is_optimizer(kind):
-        raise ConfigError(
-            f"local.optimizer = {section.optimizer!r} is neither in torch.optim nor in "
-            "pytorch_optimizer (`pip install 'lorand[optimizers]'`); names are as there, such as "
-            "SGD or AdamW"
-        )
-    try:
-        made: torch.optim.Optimizer = kind(weights, lr=learning_rate, **section.options)
-    except Exception as error:  # of a library that the run file chose: any kind
-        raise ConfigError(
-            f"local.optimizer = {section.optimizer!r} does not take local.options = "
-            f"{section.options}: {error}"
-        ) from error
-    return made
-
-
-def _is_optimizer(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-
-
-def _elsewhere(name: str) -> Any:
-    try:
-        return getattr(import_module("pytorch_optimizer"), name, None)
-    except ImportError:
-        return None
 
 
 def build(config: RunConfig, replica: Replica, module: nn.Module) -> Work:
@@ -288,6 +150,8 @@ def build(config: RunConfig, replica: Replica, module: nn.Module) -> Work:
             parameter.requires_grad_(False)
         if isinstance(replica, SubspaceReplica):
             return CoordinateSteps(config, replica)
+        if config.subspace.kind == "svd" and isinstance(replica, CopyReplica):
+            return SvdSteps(config, replica)
         return WeightSteps(config, replica)
     estimator = estimators.build(config, replica, module)
     return SeedSteps(config, replica, estimator) if config.local.taken else Standing(estimator)

@@ -8,7 +8,7 @@ from lorand.config import RunConfig
 from lorand.errors import ConfigError
 from lorand.kernels import zero_sums
 from lorand.manifest import Identity, Manifest
-from lorand_worker import data, local_steps, model, ranks, sensitivity, tasks
+from lorand_worker import data, model, ranks, sensitivity, stepping, tasks
 from lorand_worker.bench import Base, task_for
 from lorand_worker.resolution import check_perturbation
 from lorand_worker.session import Reporter
@@ -18,7 +18,7 @@ LOCK = "run.lock"
 
 def check(run: Path, config: RunConfig, examples: Path | None) -> None:
     """Raise ConfigError for local steps that cannot be, and for examples that are not asked for."""
-    local_steps.check(config)
+    stepping.check(config)
     calibrated = config.directions.scale_rule == "calibrated"
     if calibrated != (examples is not None):
         raise ConfigError(

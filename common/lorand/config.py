@@ -66,6 +66,7 @@ ADDED_LATER: Final[dict[str, dict[str, object]]] = {
         "refresh_every": 0,
         "lazy": False,
         "state": "none",
+        "weights": "float",
         "probe": False,
         "switch_off": False,
     },

@@ -173,6 +173,13 @@ def _subspace(config: "RunConfig") -> Refusals:
         f"directions.rotate_every = {rotate}: a subspace is left with its pool; set both alike",
     )
     yield (
+        section.weights != "float"
+        and (not shared or section.state != "none" or section.refresh_every not in (0, rotate)),
+        f'subspace.weights = "{section.weights}" rounds matrices once a subspace: set '
+        'subspace.kind = "coordinate" or "dct", state = "none", and refresh_every = '
+        'directions.rotate_every; or weights = "float"',
+    )
+    yield (
         section.lazy and section.selection != "voted",
         "subspace.lazy refreshes seldom what voters choose again: set subspace.selection = "
         '"voted", or lazy = false',

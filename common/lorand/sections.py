@@ -119,6 +119,7 @@ class SubspaceSection(Section):
     refresh_every: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     lazy: bool = False
     state: StateKind = "none"
+    weights: Literal["float", "int8", "int8-stochastic"] = "float"
     probe: bool = False
     switch_off: bool = False
 

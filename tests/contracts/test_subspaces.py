@@ -23,8 +23,7 @@ from lorand.subspaces import cosines
 from lorand.subspaces.basis import Basis, Layout, coordinates_shape, drawn, length, side
 from lorand.subspaces.lifts import Full, Lift, lift
 from lorand.subspaces.replica import SubspaceReplica
-from lorand.subspaces.state import ReplicatedState
-from lorand.subspaces.state_optimizers import Settings
+from lorand_worker.bench import kept_of
 
 KINDS: Final = ("full", "coordinate", "dct")
 SHAPES: Final = ((12, 7), (7, 12), (9, 9), (40, 33))
@@ -161,12 +160,14 @@ def test_the_cosine_lift_is_exact_in_rational_numbers(
 # -- replicas --------------------------------------------------------------------------------------
 
 
-def config_of(kind: str, state: str = "none") -> RunConfig:
-    every = {"rotate_every": 1} if state != "none" else {"rotate_every": 16}
+def config_of(kind: str, more: str = "none") -> RunConfig:
+    """A run of 200 rounds and four refreshes; `more` is a state, or how matrices are rounded."""
+    kept = {"weights": more} if more.startswith("int8") else {"state": more}
+    rotate = {"none": 16, "int8": 48, "int8-stochastic": 48}.get(more, 1)
     return runs.config_of(
         run={"rounds": 200},
-        directions=every,
-        subspace={"kind": kind, "rank": 4, "refresh_every": 48, "state": state},
+        directions={"rotate_every": rotate},
+        subspace={"kind": kind, "rank": 4, "refresh_every": 48, **kept},
         optimizer={"learning_rate": 0.003},
     )
 
@@ -177,11 +178,9 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def replica_of(config: RunConfig, backend: Backend) -> SubspaceReplica:
-    kept = None
-    if config.subspace.state != "none":
-        kept = ReplicatedState(MANIFEST, Settings(config.subspace.state), config.rate)
     held = {name: t.to(device_of(backend)) for name, t in tensors().items()}
-    return SubspaceReplica(held, MANIFEST, pool_of(config, IDENTITY, 0), backend, state=kept)
+    kept = kept_of(config, MANIFEST)
+    return SubspaceReplica(held, MANIFEST, pool_of(config, IDENTITY, 0), backend, **kept)
 
 
 def changes(rounds: int = 200) -> Iterator[np.ndarray]:
@@ -212,7 +211,13 @@ def follow(config: RunConfig, replica: SubspaceReplica, stop: int = 200, look: b
 
 
 RUNS: Final = [("coordinate", "none"), ("dct", "none"), ("coordinate", "adam"), ("dct", "adam")]
-RUNS_WITH_REST: Final = [*RUNS, ("coordinate", "frugal"), ("coordinate", "fira")]
+RUNS_WITH_REST: Final = [
+    *RUNS,
+    ("coordinate", "frugal"),
+    ("coordinate", "fira"),
+    ("coordinate", "int8"),
+    ("dct", "int8-stochastic"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ RUNS: Final = {
     "adam": drawn("dct", rotate=1, state="adam"),
     "frugal": drawn("coordinate", rotate=1, state="frugal"),
     "fira": drawn("coordinate", rotate=1, state="fira"),
+    "int8": drawn("dct", weights="int8-stochastic"),
     "voted": voted("coordinate"),
     "voted-dct-lazy": voted("dct", lazy=True),
 }

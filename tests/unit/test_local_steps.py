@@ -19,7 +19,7 @@ from lorand.kernels.reference import ReferenceBackend
 from lorand.layerwise import LayerwiseReplica
 from lorand.manifest import Manifest, TensorSpec
 from lorand.replica import CopyReplica, Replica
-from lorand_worker import local_steps
+from lorand_worker import local_steps, stepping
 from lorand_worker.estimators import NonFiniteLoss, Order
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -205,7 +205,7 @@ def test_an_epoch_is_as_many_batches_as_hold_the_data(
     examples: int, batch_size: int, epochs: int
 ) -> None:
     config = config_of("backprop", estimator={"batch_size": batch_size}, local={"epochs": epochs})
-    assert local_steps.steps(config, examples) == epochs * ceil(examples / batch_size)
+    assert stepping.steps(config, examples) == epochs * ceil(examples / batch_size)
     made = Made(config)
     made.work.do(made.loss, made.batch, Order(np.arange(POOL)), examples)
     assert len(made.batches) == epochs * ceil(examples / batch_size)
@@ -217,7 +217,7 @@ def test_the_schedule_is_of_the_local_rate() -> None:
         local={"steps": 1, "learning_rate": 0.8},
         optimizer={"schedule": "linear"},
     )
-    assert [local_steps.rate(config, n) for n in range(4)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    assert [stepping.rate(config, n) for n in range(4)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
     ways = [Made(config).do(Order(drawn(1), committed=n)).values[0] for n in (0, 3)]
     assert ways[1] == pytest.approx(ways[0] / 4, rel=1e-5)
 

@@ -6,6 +6,7 @@ and one rounding an operation follow, so that no order of summation can change a
 """
 
 from abc import ABC, abstractmethod
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,8 +20,23 @@ GRID_BITS = 22
 rank ≤ 2,048 of products with 20 bits is then below 2^53, exact in float64 in any order."""
 
 
+class Stored(Protocol):
+    """Base weights that are kept in another form than a layer computes with."""
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of that form."""
+
+    def dense(self) -> torch.Tensor:
+        """Return the weights; made anew at each call."""
+
+
 class Lift(ABC):
-    """w = cast(fl32(fl32(w0) + 2^s · lift(U))) for one tensor and its coordinates U."""
+    """w = cast(fl32(fl32(w0) + 2^s · lift(U))) for one tensor and its coordinates U.
+
+    The base weights are those that the live tensor holds when a lift is made or bound anew. Where
+    they are `stored` in another form, it is kept instead of a copy.
+    """
 
     def __init__(self, live: torch.Tensor, spec: TensorSpec) -> None:
         """Take the live tensor, which holds the base weights at this moment."""
@@ -28,7 +44,7 @@ class Lift(ABC):
         self.factor = 2.0**spec.scale_exponent
 
     @abstractmethod
-    def bind(self) -> None:
+    def bind(self, stored: Stored | None = None) -> None:
         """Have the weights that the live tensor holds now for the base."""
 
     @abstractmethod
@@ -59,18 +75,18 @@ class Lift(ABC):
 class Full(Lift):
     """A tensor that is its own coordinates."""
 
-    def __init__(self, live: torch.Tensor, spec: TensorSpec) -> None:
-        """Copy the base weights."""
+    def __init__(self, live: torch.Tensor, spec: TensorSpec, stored: Stored | None = None) -> None:
+        """Keep the base weights."""
         super().__init__(live, spec)
-        self._base = live.clone(memory_format=torch.contiguous_format)
+        self._base = _Base(live, stored)
 
-    def bind(self) -> None:
+    def bind(self, stored: Stored | None = None) -> None:
         """See Lift."""
-        self._base.copy_(self.live)
+        self._base.follow(self.live, stored)
 
     def write(self, coordinates: torch.Tensor) -> None:
         """See Lift."""
-        self.live.copy_(self._base.float() + coordinates * self.factor)
+        self.live.copy_(self._base.dense().float() + coordinates * self.factor)
 
     def lifted(self, coordinates: torch.Tensor) -> torch.Tensor:
         """See Lift."""
@@ -98,7 +114,7 @@ class Coordinate(Lift):
         self._indices = torch.from_numpy(np.array(indices)).to(live.device)
         self.bind()
 
-    def bind(self) -> None:
+    def bind(self, stored: Stored | None = None) -> None:
         """See Lift."""
         self._base = self.live.index_select(self._side, self._indices)
 
@@ -135,8 +151,15 @@ class Cosine(Lift):
     U goes to a grid of 22 bits of its own largest, so that U · C is a product of integers.
     """
 
-    def __init__(self, live: torch.Tensor, spec: TensorSpec, tid: int, basis: Basis) -> None:
-        """Copy the base weights, and take the basis: shape (rank, n), integers in float64."""
+    def __init__(
+        self,
+        live: torch.Tensor,
+        spec: TensorSpec,
+        tid: int,
+        basis: Basis,
+        stored: Stored | None = None,
+    ) -> None:
+        """Keep the base weights, and take the basis: shape (rank, n), integers in float64."""
         super().__init__(live, spec)
         self._side, n = side(spec), length(spec)
         rows = cosines.table(n)[basis.indices[tid]].astype(np.float64)
@@ -145,15 +168,15 @@ class Cosine(Lift):
         self._rows = torch.from_numpy(rows).to(live.device)
         self._exponent = cosines.exponent(n) - cosines.BITS
         self._shape = coordinates_shape(spec)
-        self._base = live.clone(memory_format=torch.contiguous_format)
+        self._base = _Base(live, stored)
 
-    def bind(self) -> None:
+    def bind(self, stored: Stored | None = None) -> None:
         """See Lift."""
-        self._base.copy_(self.live)
+        self._base.follow(self.live, stored)
 
     def write(self, coordinates: torch.Tensor) -> None:
         """See Lift."""
-        self.live.copy_(self._base.float() + self.lifted(coordinates))
+        self.live.copy_(self._base.dense().float() + self.lifted(coordinates))
 
     def lifted(self, coordinates: torch.Tensor) -> torch.Tensor:
         """See Lift."""
@@ -177,10 +200,38 @@ class Cosine(Lift):
         return self._base.nbytes + self._rows.nbytes
 
 
-def lift(live: torch.Tensor, spec: TensorSpec, tid: int, basis: Basis | None) -> Lift:
+class _Base:
+    """Base weights: a copy, or what they are stored as."""
+
+    def __init__(self, live: torch.Tensor, stored: Stored | None) -> None:
+        self._held: torch.Tensor | Stored = (
+            live.clone(memory_format=torch.contiguous_format) if stored is None else stored
+        )
+
+    def follow(self, live: torch.Tensor, stored: Stored | None) -> None:
+        if stored is not None:
+            self._held = stored
+        elif isinstance(self._held, torch.Tensor):
+            self._held.copy_(live)
+
+    def dense(self) -> torch.Tensor:
+        return self._held if isinstance(self._held, torch.Tensor) else self._held.dense()
+
+    @property
+    def nbytes(self) -> int:
+        return self._held.nbytes
+
+
+def lift(
+    live: torch.Tensor,
+    spec: TensorSpec,
+    tid: int,
+    basis: Basis | None,
+    stored: Stored | None = None,
+) -> Lift:
     """Return the lift of a tensor: on a basis, or whole where it has none."""
     if basis is None or not spec.rank:
-        return Full(live, spec)
+        return Full(live, spec, stored)
     if basis.kind == "dct":
-        return Cosine(live, spec, tid, basis)
+        return Cosine(live, spec, tid, basis, stored)
     return Coordinate(live, spec, basis.indices[tid])

@@ -1,6 +1,7 @@
 """A replica whose directions act on the coordinates of subspaces, which lifts take to weights."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from lorand.kernels import Backend, zero_sums
 from lorand.manifest import Manifest
 from lorand.replica import WholeReplica, settling
 from lorand.subspaces.basis import Basis, Layout, same
+from lorand.subspaces.int8 import Int8, Rounding, Stochastic
 from lorand.subspaces.lifts import Lift, lift
 from lorand.subspaces.state import ReplicatedState
 
@@ -35,22 +37,24 @@ class SubspaceReplica(WholeReplica):
         backend: Backend | None = None,
         *,
         state: ReplicatedState | None = None,
+        rounding: Literal["none", "nearest", "stochastic"] = "none",
     ) -> None:
-        """Take the parameters. Raises ModelError when they are not the manifest's."""
+        """Take the parameters. Raises ModelError when they are not the manifest's.
+
+        `rounding` is that of matrices in subspaces to 8 bits, with each new pool.
+        """
         self._lifts: dict[str, Lift] = {}
         self._basis: Basis | None = None
-        self.state = state
+        self.state, self._rounding = state, rounding
         self._flat = torch.empty(0)
         self._gradient: torch.Tensor | None = None
         super().__init__(tensors, manifest, pool, backend)
 
     @staticmethod
-    def of(
-        module: nn.Module, manifest: Manifest, pool: Pool, state: ReplicatedState | None = None
-    ) -> "SubspaceReplica":
+    def of(module: nn.Module, manifest: Manifest, pool: Pool, **options: Any) -> "SubspaceReplica":
         """Return the replica of a module, which from now on only runs on settled weights."""
         tensors = dict(module.named_parameters())
-        return settling(module, SubspaceReplica(tensors, manifest, pool, state=state))
+        return settling(module, SubspaceReplica(tensors, manifest, pool, **options))
 
     @property
     def kept_bytes(self) -> int:
@@ -63,9 +67,9 @@ class SubspaceReplica(WholeReplica):
         for _, spec, place, shape in self.layout.places():
             yield spec.name, self._lifts[spec.name], place, shape
 
-    def gather(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        """Return a tensor's gradient in its coordinates, float32, without direction scale."""
-        return self._lifts[name].gather(gradient.detach())
+    def lift(self, name: str) -> Lift:
+        """Return the lift of a tensor in the present pool."""
+        return self._lifts[name]
 
     def coordinates(self) -> torch.Tensor:
         """Return U as it should be now, shape (q,), float32; overwritten by the next call."""
@@ -91,7 +95,7 @@ class SubspaceReplica(WholeReplica):
     def project(self, name: str, gradient: torch.Tensor, shares: torch.Tensor) -> None:
         """See Replica: kept as coordinates until `scalars`."""
         tid, spec = self._places[name]
-        part = self.gather(name, gradient).reshape(-1)
+        part = self._lifts[name].gather(gradient.detach()).reshape(-1)
         end = self.layout.ends[tid]
         self._gathered()[end - len(part) : end] = part * 2.0**spec.scale_exponent
 
@@ -126,19 +130,36 @@ class SubspaceReplica(WholeReplica):
         if self.state is not None:
             self.state.follow(basis)
             basis = None if self.state.whole else basis
+        stored = self._snapped(pool)
         if self._lifts and same(self._basis, basis):
-            for part in self._lifts.values():
-                part.bind()
+            for name, part in self._lifts.items():
+                part.bind(stored.get(name))
         else:
-            self._bind(basis)
+            self._bind(basis, stored)
         self._gradient = None
         super()._take(pool)
 
-    def _bind(self, basis: Basis | None) -> None:
+    def _snapped(self, pool: Pool) -> dict[str, Int8]:
+        """Round matrices with a subspace to 8 bits in place; return their codes.
+
+        Q-GaLore (arXiv 2407.08296), but once a pool and not once a step: between two pools the
+        coordinates hold what was learned, so that no step is too small for the grid.
+        """
+        stored: dict[str, Int8] = {}
+        for tid, spec in enumerate(self.manifest.tensors):
+            if spec.rank and self._rounding != "none":
+                live, noise = self._live[spec.name], Stochastic(pool.key, pool.index, tid)
+                rounding: Rounding = "nearest" if self._rounding == "nearest" else noise
+                stored[spec.name] = Int8.of(live, rounding)
+                live.copy_(stored[spec.name].dense())
+        return stored
+
+    def _bind(self, basis: Basis | None, stored: Mapping[str, Int8]) -> None:
         self.layout = Layout(self.manifest, whole=basis is None)
         self._lifts.clear()  # gone before there are others
         for tid, spec in enumerate(self.manifest.tensors):
-            self._lifts[spec.name] = lift(self._live[spec.name], spec, tid, basis)
+            live, kept = self._live[spec.name], stored.get(spec.name)
+            self._lifts[spec.name] = lift(live, spec, tid, basis, kept)
         if self._flat.shape != (self.layout.size,):
             device = next(iter(self._live.values())).device
             self._flat = torch.empty(self.layout.size, device=device)
