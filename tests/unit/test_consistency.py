@@ -99,6 +99,96 @@ from lorand.errors import ConfigError
             'rounds.aggregation = "majority" votes on scalars',
             'rounds.aggregation = "mean"',
         ),
+        (
+            {"subspace": 'kind = "svd"'},
+            'subspace.kind = "svd"',
+            'set local.space = "weights"',
+        ),
+        (
+            {"subspace": 'selection = "voted"', "estimator": 'kind = "backprop"'},
+            'subspace.selection = "voted" elects columns',
+            'set subspace.kind = "coordinate" or "dct"',
+        ),
+        (
+            {"subspace": 'kind = "coordinate"\nselection = "voted"'},
+            'subspace.selection = "voted" needs gradients',
+            'estimator.kind = "backprop"',
+        ),
+        (
+            {
+                "subspace": 'kind = "coordinate"\nselection = "voted"',
+                "estimator": 'kind = "backprop"',
+                "model": 'dtype = "bfloat16"',
+            },
+            "elected subspaces fold each pool",
+            'set model.dtype = "float32"',
+        ),
+        (
+            {"subspace": 'kind = "dct"\nrefresh_every = 6', "directions": "rotate_every = 4"},
+            "subspace.refresh_every = 6",
+            "directions.rotate_every = 4",
+        ),
+        (
+            {"subspace": 'kind = "dct"\nrefresh_every = 6'},
+            "subspace.refresh_every = 6",
+            "set both alike",
+        ),
+        (
+            {"subspace": 'kind = "dct"\nlazy = true'},
+            "subspace.lazy",
+            "lazy = false",
+        ),
+        (
+            {"subspace": 'kind = "dct"\nswitch_off = true'},
+            "subspace.switch_off",
+            "set subspace.probe = true",
+        ),
+        (
+            {"subspace": 'kind = "dct"\nprobe = true'},
+            "subspace.probe",
+            "directions.rotate_every",
+        ),
+        (
+            {"subspace": 'kind = "dct"\nstate = "adam"'},
+            'subspace.state = "adam" steps when a pool is closed',
+            "set directions.rotate_every = 1",
+        ),
+        (
+            {"subspace": 'state = "adam"', "directions": "rotate_every = 1"},
+            'subspace.state = "adam" is kept in subspaces that are drawn',
+            'set subspace.kind = "coordinate" or "dct"',
+        ),
+        (
+            {"subspace": 'kind = "dct"\nstate = "fira"', "directions": "rotate_every = 1"},
+            'subspace.state = "fira"',
+            'set subspace.kind = "coordinate"',
+        ),
+        (
+            {
+                "subspace": 'kind = "dct"\nstate = "adam"',
+                "directions": "rotate_every = 1",
+                "optimizer": "momentum = 0.5",
+            },
+            'subspace.state = "adam" takes the coordinator',
+            "momentum = 0",
+        ),
+        (
+            {
+                "subspace": 'kind = "dct"\nstate = "adam"',
+                "directions": "rotate_every = 1",
+                "local": "steps = 2",
+            },
+            'subspace.state = "adam" steps along gradients',
+            "set local.steps = 0",
+        ),
+        (
+            {
+                "subspace": 'kind = "dct"\nweights = "int8"\nrefresh_every = 8',
+                "directions": "rotate_every = 4",
+            },
+            'subspace.weights = "int8"',
+            'weights = "float"',
+        ),
     ],
     ids=[
         "small growth",
@@ -119,6 +209,21 @@ from lorand.errors import ConfigError
         "weights without steps",
         "local steps in log8",
         "a majority of local steps",
+        "an SVD for all",
+        "votes on nothing",
+        "votes without gradients",
+        "elected subspaces in bfloat16",
+        "a refresh between two pools",
+        "a refresh without another pool",
+        "lazy draws",
+        "switched off unprobed",
+        "a probe in one pool",
+        "a state in one pool",
+        "a state in full space",
+        "what is outside of cosines",
+        "a state on momentum",
+        "a state of local steps",
+        "int8 folded too often",
     ],
 )
 def test_settings_that_do_not_go_together(
