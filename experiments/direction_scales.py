@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--rules", nargs="+", choices=RULES, default=list(RULES))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    add("--rounds", type=int, default=200)
+    add("--rounds", type=int, default=100)
     add("--batch-size", type=int, default=16)
     add("--directions", type=int, default=4, help="a round: two forward passes each")
     add("--learning-rate", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
@@ -111,6 +111,7 @@ def main() -> None:
                 seeds=options.seeds,
                 evaluate_at=sorted({0, options.rounds // 4, options.rounds // 2, options.rounds}),
                 theirs=theirs if rule == "calibrated" else None,
+                quick=True,
             )
 
 

@@ -55,10 +55,11 @@ class Experiment:
         theirs: Identity | None = None,
         source: Path | None = None,
         forward: Forward | None = None,
+        quick: bool = False,
     ) -> None:
         """Run the seeds that the results do not hold yet; write after each.
 
-        `source` is the model's folder, by default MiniLM's.
+        `source` is the model's folder, by default MiniLM's; `quick`: by `experiments.quick`.
         """
         torch.set_num_threads(1)
         numba.set_num_threads(1)
@@ -80,6 +81,7 @@ class Experiment:
                 report=_show,
                 forward=forward,
                 theirs=theirs,
+                quick=quick,
             )
             entry |= {"row": row, "workers": len(shards), **payload(config, len(shards))}
             entry["provenance"] = provenance()
