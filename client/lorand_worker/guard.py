@@ -7,6 +7,7 @@ from lorand.coefficients import check_size
 from lorand.config import LocalSection, RunConfig
 from lorand.errors import ConfigError, DataError, HandshakeError
 from lorand.manifest import Identity
+from lorand.subspaces import periods
 
 ANY: Final = "any"
 ANY_POOL: Final = 0
@@ -41,10 +42,10 @@ def check(config: RunConfig, policy: Policy) -> None:
             f"this worker takes part only in runs with a seed pool of {policy.seed_pool}, the run "
             f"{config.run.name!r} has {size}; join with `--seed-pool {size}` if that is right"
         )
-    if policy.seed_pool is not None and config.directions.rotate_every:
+    if policy.seed_pool is not None and periods.pool_after(config, config.run.rounds):
         raise HandshakeError(
             f"this worker takes part only in runs with one seed pool, the run {config.run.name!r} "
-            f"moves to another every {config.directions.rotate_every} rounds; join without "
+            "moves to others (directions.rotate_every, or an elected subspace); join without "
             "--seed-pool if that is right"
         )
     most = max(config.estimator.batch_size, config.estimator.max_batch_size)
@@ -108,6 +109,8 @@ def disclosure(config: RunConfig) -> list[str]:
         also.append(f"the mean loss of the batch{'es' * config.local.taken}")
     if config.rounds.weighting == "examples":
         also.append("the number of local examples")
+    if periods.voted(config):
+        also.append("in some rounds, which columns of each matrix have most of the gradient here")
     lines.append(f"With it goes {' and '.join(also)}." if also else "Nothing else goes with it.")
     lines.append("Texts, labels, weights and gradients stay here. This run adds no privacy noise.")
     return lines

@@ -55,7 +55,7 @@ def test_a_run_of_many_pools_has_no_finite_one() -> None:
     rotating = config_of(directions={"rotate_every": 3})
     check(rotating, Policy())
     for policy in (Policy(seed_pool=ANY_POOL), Policy(seed_pool=64)):
-        with pytest.raises(HandshakeError, match=r"to another every 3 rounds; join without --seed"):
+        with pytest.raises(HandshakeError, match=r"moves to others .*join without --seed"):
             check(rotating, policy)
 
 
@@ -83,6 +83,16 @@ def test_the_owner_is_told_what_leaves() -> None:
     )
     least = config_of(rounds={"telemetry": "none"})
     assert "Nothing else goes with it." in guard.disclosure(least)
+
+
+def test_the_owner_is_told_of_votes() -> None:
+    voted = {"kind": "coordinate", "selection": "voted"}
+    run = config_of(estimator={"kind": "backprop"}, subspace=voted)
+    assert "which columns of each matrix have most of the gradient here" in " ".join(
+        guard.disclosure(run)
+    )
+    with pytest.raises(HandshakeError, match="an elected subspace"):
+        guard.check(run, guard.Policy(seed_pool=64))
 
 
 def test_the_owner_is_told_of_local_steps() -> None:
