@@ -140,7 +140,14 @@ def preset_settings(name: str) -> tiny.Settings:
     return tiny.settings(kind, **changes)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+QUICKEST = ("just-one-byte", "lorand-fo")
+"""Presets whose runs differ most: the others take their turn with the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICKEST else pytest.mark.slow) for n in PRESETS],
+)
 def test_late_in_a_run_of_a_preset(make_room: MakeRoom, name: str) -> None:
     """Whatever the method is, a worker that joins in the middle ends with everybody's bits."""
     room = make_room(preset_settings(name)).lock()

@@ -49,7 +49,12 @@ RUNS: Final = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+QUICKEST: Final = ("frugal", "voted")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICKEST else pytest.mark.slow) for n in RUNS]
+)
 def test_late_and_restarted_in_a_subspace(make_room: MakeRoom, name: str) -> None:
     """One worker comes late, one is killed and comes back: all weights have the same bits."""
     room = make_room(RUNS[name]).lock()

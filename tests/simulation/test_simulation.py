@@ -196,6 +196,7 @@ def live_all(seeds: Iterable[int], template: Path) -> None:
         live(seed, template)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plant", "found"),
     [

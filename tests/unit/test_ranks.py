@@ -96,7 +96,9 @@ def test_other_kinds_have_no_ranks(tiny_model: Path, kind: str, rule: str) -> No
     assert set(shifts(section, found).values()) == {0}
     loaded = model.load(config_of().model, 2, tiny_model)
     plain = model.identity(loaded, tiny.config("spsa"))
-    assert model.identity(loaded, config_of(**section.model_dump())) == plain
+    local = {"steps": 1, "space": "weights"}
+    run = tiny.config("backprop", subspace=section.model_dump(), local=local)
+    assert model.identity(loaded, run) == plain
     assert all(len(row) == 4 for row in json.loads(plain.manifest.to_json()))
 
 

@@ -117,6 +117,7 @@ def test_a_calibration_leaves_the_weights_as_they_were(
     assert key == 0, "softmax does not feel it"
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_the_gradients_and_hessians(
     setup: tuple[Base, RunConfig, Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
