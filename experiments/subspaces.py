@@ -19,7 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -57,6 +57,7 @@ class Row:
     subspace: dict[str, Any] = field(default_factory=dict)
     rotate_every: int = 0
     pool_size: int = 4096
+    server_rate: float = 1.0
 
 
 def zeroth(kind: str, rank: int, rotate: int = 4, **more: Any) -> Row:
@@ -93,6 +94,9 @@ ROWS: Final[dict[Order, dict[str, Row]]] = {
         "full space, K 65,536": Row((1e-4, 3e-4), pool_size=65536),
         "full space, K 4,096": Row((1e-4, 3e-4), pool_size=4096),
         "M3 columns, rank 4, K 4,096": first("coordinate", 4, 4096, **VOTED),
+        "M3 columns, rank 4, K 4,096, least squares": replace(
+            first("coordinate", 4, 4096, **VOTED), server_rate=4096 / 47618
+        ),
         "drawn columns, rank 4, K 16,384": first("coordinate", 4),
         "own SVD (GaLore), rank 4, K 16,384": first("svd", 4),
         "M3 + M4 int8, rank 4, K 16,384": first("coordinate", 4, weights="int8", **VOTED),
@@ -116,7 +120,7 @@ def config_of(order: Order, name: str, task: str, rate: float) -> RunConfig:
                 "learning_rate": rate,
             },
             "codec": {"up": "int8", "down": "int8"},
-            "optimizer": {"kind": "sgd", "learning_rate": 1.0, "normalise": False},
+            "optimizer": {"kind": "sgd", "learning_rate": row.server_rate, "normalise": False},
             "rounds": {"weighting": "examples"},
         }
     return settings.of_preset(
@@ -352,6 +356,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--orders", nargs="+", default=["zo", "fo"])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
+    parser.add_argument("--rows", nargs="+", default=None, help="names of methods, by their start")
     parser.add_argument("--measure", action="store_true", help="only memory, times and energy")
     parser.add_argument("--write", action="store_true", help="run nothing")
     options = parser.parse_args()
@@ -360,6 +365,8 @@ def main() -> None:
     for task in options.tasks if not (options.write or options.measure) else []:
         for order in options.orders:
             for name in ROWS[order]:
+                if options.rows and not name.startswith(tuple(options.rows)):
+                    continue
                 rate = chosen(order, name, task, fill=True)
                 assert rate is not None
                 for seed in SEEDS:

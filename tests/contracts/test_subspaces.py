@@ -283,6 +283,19 @@ def test_a_perturbation_moves_along_the_direction(kind: str, state: str) -> None
     assert all(torch.equal(before[name], t) for name, t in replica.live.items())
 
 
+@pytest.mark.parametrize("kind", ["coordinate", "dct"])
+@pytest.mark.parametrize("state", ["adam", "frugal", "fira"])
+def test_a_state_has_two_numbers_a_coordinate_and_the_indices(kind: str, state: str) -> None:
+    if kind == "dct" and state != "adam":
+        pytest.skip("refused by the run file")
+    replica = replica_of(config_of(kind, state), CpuBackend())
+    q = Layout(MANIFEST).size
+    indices = sum(8 * spec.rank for spec in MANIFEST.tensors)
+    powers = 3 * 8 * len(MANIFEST.tensors)
+    assert replica.state is not None
+    assert replica.state.nbytes == 8 * 2 * q + indices + powers
+
+
 def test_up_to_k_coordinates_are_known_exactly_from_k_scalars() -> None:
     """Coordinates of all tensors are one vector, so that none of up to K share a bucket."""
     manifest = Manifest(
