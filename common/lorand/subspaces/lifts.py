@@ -19,8 +19,8 @@ GRID_BITS = 22
 """Of a coordinate before it is multiplied by cosines, relative to the tensor's largest: a sum over
 rank ≤ 2,048 of products with 20 bits is then below 2^53, exact in float64 in any order."""
 TILE: Final = 1 << 16
-"""Numbers of a product in float64 that are rounded and added before a core's cache lets go of them
-(`tiled_vs_whole` in benchmarks/results/subspace_forward.json)."""
+"""Numbers of a product in float64, for each thread, that are rounded and added before the core's
+cache lets go of them (`tiled_vs_whole` in benchmarks/results/subspace_forward.json)."""
 
 
 class Stored(Protocol):
@@ -185,11 +185,15 @@ class Cosine(Lift):
             return
         left, right = factors
         rows, columns = self.spec.shape
-        height = max(1, TILE // columns) if self.live.device.type == "cpu" else rows
+        on_cpu = self.live.device.type == "cpu"
+        height = max(1, TILE * torch.get_num_threads() // columns) if on_cpu else rows
         for start in range(0, rows, height):
             tile = slice(start, start + height)
-            moved = (left[tile] @ right).float()
-            self.live[tile] = moved.add_(base[tile].float())
+            live, product = self.live[tile], left[tile] @ right
+            if live.dtype == torch.float32:
+                live.copy_(product).add_(base[tile])
+            else:
+                live.copy_(product.float().add_(base[tile].float()))
 
     def lifted(self, coordinates: torch.Tensor) -> torch.Tensor:
         """See Lift."""
