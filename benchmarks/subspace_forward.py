@@ -10,7 +10,8 @@ two layers, and the memory beside them; `_few` is after losses of 16 tokens, and
 that layers then add.
 
 Layers are plain matrices, x (tokens, n), w (m, n), r columns or cosines; the table has ratios of
-medians, interleaved in one process, on one torch thread and on two.
+medians, interleaved in one process, on one torch thread and on two. Rows of two threads are wall
+time, and scatter where the cores have other work (`load_average_at_start`).
 
     OMP_WAIT_POLICY=passive python -m benchmarks.subspace_forward --json \\
         > benchmarks/results/subspace_forward.json

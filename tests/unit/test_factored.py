@@ -36,8 +36,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = torch.tanh(self.up(x + self.mix(x)))
-        down: torch.Tensor = self.down(input=hidden)
-        return x + down
+        result: torch.Tensor = x + self.down(input=hidden)
+        return result
 
 
 class Model(nn.Module):
