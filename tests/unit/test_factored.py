@@ -56,7 +56,8 @@ class Model(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = nn.functional.linear(self.norm(x), self.read.weight, self.read.bias)
-        return torch.as_tensor(self.head(x)).logsumexp(-1) + self.decoder(x).std(-1)
+        result: torch.Tensor = self.head(x).logsumexp(-1) + self.decoder(x).std(-1)
+        return result
 
 
 LAYERS: Final = {f"blocks.{i}.{name}.weight" for i in (0, 1) for name in ("mix", "up", "down")} | {

@@ -18,9 +18,10 @@ from lorand.subspaces.basis import Basis, coordinates_shape, length, side
 GRID_BITS = 22
 """Of a coordinate before it is multiplied by cosines, relative to the tensor's largest: a sum over
 rank ≤ 2,048 of products with 20 bits is then below 2^53, exact in float64 in any order."""
-TILE: Final = 1 << 16
-"""Numbers of a product in float64, for each thread, that are rounded and added before the core's
-cache lets go of them (`tiled_vs_whole` in benchmarks/results/subspace_forward.json)."""
+TILE: Final = 1 << 20
+"""Numbers of a product in float64 at a time: a product of 4,096 x 1,024 at once takes two to three
+times as long, and smaller tiles have threads wait for each other more often (`tiled_vs_whole` in
+benchmarks/results/subspace_forward.json)."""
 
 
 class Stored(Protocol):
@@ -186,7 +187,7 @@ class Cosine(Lift):
         left, right = factors
         rows, columns = self.spec.shape
         on_cpu = self.live.device.type == "cpu"
-        height = max(1, TILE * torch.get_num_threads() // columns) if on_cpu else rows
+        height = max(1, TILE // columns) if on_cpu else rows
         for start in range(0, rows, height):
             tile = slice(start, start + height)
             live, product = self.live[tile], left[tile] @ right
