@@ -1,13 +1,13 @@
 """What a perturbation in a subspace costs: written weights against layers that add a difference.
 
-Claims: on a cosine basis and with up to half as many tokens as the smaller side of a matrix,
-x Wᵀ + (x Rᵀ) Lᵀ is more than 1.2 times as fast as writing W + L R first (`factored_vs_written`);
-with more tokens than that side, or with columns by index and more than a few, it is not. A cosine
-lift of millions of numbers is written faster a tile at a time than as one product in float64
+Claims: on a cosine basis and with up to half as many tokens as the smaller side of a matrix, x Wᵀ +
+(x Rᵀ) Lᵀ is more than 1.2 times as fast as writing W + L R first (`factored_vs_written`, one
+thread); with more tokens than that side, or with columns by index and more than a few, it is not. A
+cosine lift of millions of numbers is written faster a tile at a time than as one product in float64
 (`tiled_vs_whole`); float32, which would not be exact, would be two to four times as fast
-(`exact_vs_float32`). `perturbation` is what a loss spends on all weights of MiniLM's last
-two layers, and the memory beside them; `_few` is after losses of 16 tokens, and without the terms
-that layers then add.
+(`exact_vs_float32`). `perturbation` is what a loss spends on all weights of MiniLM's last two
+layers, and the memory beside them; `_few` is after losses of 16 tokens, and without the terms that
+layers then add.
 
 Layers are plain matrices, x (tokens, n), w (m, n), r columns or cosines; the table has ratios of
 medians, interleaved in one process, on one torch thread and on two. Rows of two threads are wall

@@ -20,8 +20,8 @@ TOKENS_A_COLUMN: Final = 0.5
 """Up to how many tokens t, as a share of the smaller of m and n, adding is faster.
 
 Writing costs 2·m·n·r operations and passes over m·n numbers, adding 2·t·r·(m + n) and passes over
-t·m, so that where they are equal hardly depends on r. On one thread adding was at least 1.39 times
-as fast at a quarter of the smaller side, 1.2 to 1.4 times at two thirds and no faster at all of it
+t·m, so that where they are equal hardly depends on r. On one thread adding was 1.5 to 2.2 times as
+fast at a quarter of the smaller side, 1.3 to 1.7 times at two thirds and no faster at all of it
 (`factored_vs_written` in benchmarks/results/subspace_forward.json).
 """
 

@@ -19,7 +19,7 @@ GRID_BITS = 22
 """Of a coordinate before it is multiplied by cosines, relative to the tensor's largest: a sum over
 rank ≤ 2,048 of products with 20 bits is then below 2^53, exact in float64 in any order."""
 TILE: Final = 1 << 20
-"""Numbers of a product in float64 at a time: a product of 4,096 x 1,024 at once takes two to three
+"""Numbers of a product in float64 at a time: a product of 4,096 x 1,024 at once takes 1.5 to 2.7
 times as long, and smaller tiles have threads wait for each other more often (`tiled_vs_whole` in
 benchmarks/results/subspace_forward.json)."""
 
