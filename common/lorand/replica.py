@@ -92,7 +92,7 @@ class Replica(ABC):
         self._perturbed = self._settled.moved(index, quanta)
         self._moved()
         try:
-            self.settle()
+            self.ready()
             yield
         finally:
             self._perturbed = None
@@ -101,6 +101,10 @@ class Replica(ABC):
     @abstractmethod
     def settle(self) -> None:
         """Write the weights where they are not yet what they should be."""
+
+    def ready(self) -> None:
+        """Have the module run at the weights it should have, whatever its parameters hold."""
+        self.settle()
 
     @abstractmethod
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -295,8 +299,8 @@ _Whole = TypeVar("_Whole", bound=WholeReplica)
 
 
 def settling(module: nn.Module, replica: _Whole) -> _Whole:
-    """Return the replica of a module, which from now on only runs on settled weights."""
-    module.register_forward_pre_hook(lambda *_: replica.settle())
+    """Return the replica of a module, which from now on only runs on its replica's weights."""
+    module.register_forward_pre_hook(lambda *_: replica.ready())
     return replica
 
 

@@ -19,7 +19,7 @@ from lorand.kernels.cpu import CpuBackend
 from lorand.kernels.reference import ReferenceBackend
 from lorand.ledger import pool_of
 from lorand.manifest import Identity, Manifest, TensorSpec
-from lorand.subspaces import cosines
+from lorand.subspaces import cosines, lifts
 from lorand.subspaces.basis import Basis, Layout, coordinates_shape, drawn, length, side
 from lorand.subspaces.lifts import Full, Lift, lift
 from lorand.subspaces.replica import SubspaceReplica
@@ -95,6 +95,18 @@ def test_a_write_is_one_rounding_of_the_lifted(kind: str, dtype: torch.dtype) ->
     u = coordinates_of(part)
     part.write(u)
     assert torch.equal(part.live, (base.float() + part.lifted(u)).to(dtype))
+
+
+@pytest.mark.parametrize("tile", [1, 7, 40, 100])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tiles_do_not_change_what_is_written(
+    shape: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = lifted_on("dct", spec_of(shape))
+    base, u = part.live.clone(), coordinates_of(part)
+    monkeypatch.setattr(lifts, "TILE", tile)
+    part.write(u)
+    assert torch.equal(part.live, base + part.lifted(u))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,7 @@ and one rounding an operation follow, so that no order of summation can change a
 """
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from lorand.subspaces.basis import Basis, coordinates_shape, length, side
 GRID_BITS = 22
 """Of a coordinate before it is multiplied by cosines, relative to the tensor's largest: a sum over
 rank ≤ 2,048 of products with 20 bits is then below 2^53, exact in float64 in any order."""
+TILE: Final = 1 << 20
+"""Numbers of a product in float64 at a time: a product of 4,096 x 1,024 at once takes 1.5 to 2.7
+times as long, and smaller tiles have threads wait for each other more often (`tiled_vs_whole` in
+benchmarks/results/subspace_forward.json)."""
 
 
 class Stored(Protocol):
@@ -159,10 +163,10 @@ class Cosine(Lift):
         basis: Basis,
         stored: Stored | None = None,
     ) -> None:
-        """Keep the base weights, and take the basis: shape (rank, n), integers in float64."""
+        """Keep the base weights, and take the basis C: shape (rank, n), integers below 2^21."""
         super().__init__(live, spec)
         self._side, n = side(spec), length(spec)
-        rows = cosines.table(n)[basis.indices[tid]].astype(np.float64)
+        rows = cosines.table(n)[basis.indices[tid]].astype(np.float32)
         if tid in basis.signs:
             rows *= basis.signs[tid]
         self._rows = torch.from_numpy(rows).to(live.device)
@@ -175,22 +179,52 @@ class Cosine(Lift):
         self._base.follow(self.live, stored)
 
     def write(self, coordinates: torch.Tensor) -> None:
-        """See Lift."""
-        self.live.copy_(self._base.dense().float() + self.lifted(coordinates))
+        """See Lift; a tile at a time, since the product in float64 is larger than the weights."""
+        base, factors = self._base.dense(), self._exact(coordinates)
+        if factors is None:
+            self.live.copy_(base.float() + 0.0)  # as if a product of 0 were added: no −0
+            return
+        left, right = factors
+        rows, columns = self.spec.shape
+        on_cpu = self.live.device.type == "cpu"
+        height = max(1, TILE // columns) if on_cpu else rows
+        for start in range(0, rows, height):
+            tile = slice(start, start + height)
+            live, product = self.live[tile], left[tile] @ right
+            if live.dtype == torch.float32:
+                live.copy_(product).add_(base[tile])
+            else:
+                live.copy_(product.float().add_(base[tile].float()))
 
     def lifted(self, coordinates: torch.Tensor) -> torch.Tensor:
         """See Lift."""
+        factors = self._exact(coordinates)
+        if factors is None:
+            return torch.zeros(self.spec.shape, device=self.live.device)
+        return (factors[0] @ factors[1]).float()
+
+    def factors(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return L, (m, r), and R, (r, n), float32: L · R is what is lifted, but for rounding."""
+        scaled = coordinates * (self.factor * 2.0**self._exponent)
+        return (scaled, self._rows) if self._side == 1 else (self._rows.T, scaled)
+
+    def _exact(self, coordinates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the factors in float64, of integers times a power of two; None where all are 0.
+
+        Each sum of their products is one such integer below 2^53, exact in any order.
+        """
         largest = float(coordinates.abs().max())
         if largest == 0.0:
-            return torch.zeros(self.spec.shape, device=self.live.device)
+            return None
         grid = int(np.frexp(largest)[1]) - GRID_BITS
         integers = torch.round(coordinates.double() * 2.0**-grid)
-        product = integers @ self._rows if self._side == 1 else self._rows.T @ integers
-        return (product * (self.factor * 2.0 ** (grid + self._exponent))).float()
+        scaled = integers.mul_(self.factor * 2.0 ** (grid + self._exponent))
+        rows = self._rows.double()
+        return (scaled, rows) if self._side == 1 else (rows.T, scaled)
 
     def gather(self, gradient: torch.Tensor) -> torch.Tensor:
         """See Lift: in float32, since only its sender needs it."""
-        rows = self._rows.float() * 2.0**self._exponent
+        rows = self._rows * 2.0**self._exponent
         wide = gradient.float()
         return wide @ rows.T if self._side == 1 else rows @ wide
 

@@ -1,6 +1,7 @@
 """A replica whose directions act on the coordinates of subspaces, which lifts take to weights."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -15,8 +16,9 @@ from lorand.kernels import Backend, zero_sums
 from lorand.manifest import Manifest
 from lorand.replica import WholeReplica, settling
 from lorand.subspaces.basis import Basis, Layout, same
+from lorand.subspaces.factored import LinearLayers
 from lorand.subspaces.int8 import Int8, Rounding, Stochastic
-from lorand.subspaces.lifts import Lift, lift
+from lorand.subspaces.lifts import Cosine, Lift, lift
 from lorand.subspaces.state import ReplicatedState
 
 
@@ -27,6 +29,9 @@ class SubspaceReplica(WholeReplica):
     Memory beside the live weights is the q coordinates and what the lifts keep: with columns by
     index that is these columns alone. With a `state`, a pool that is closed moves the base weights
     by the state's step instead of by what was committed.
+
+    On a cosine basis linear layers may keep the weights of some U' within `perturbed` and add what
+    they are away, as `subspaces.factored` has it; then U', q numbers, is kept as well.
     """
 
     def __init__(
@@ -47,19 +52,26 @@ class SubspaceReplica(WholeReplica):
         self._basis: Basis | None = None
         self.state, self._rounding = state, rounding
         self._flat = torch.empty(0)
+        self._layers = LinearLayers()
+        self._held: torch.Tensor | None = None
+        """U' of the live weights, shape (q,); None where it is not known, or nobody asks."""
         self._gradient: torch.Tensor | None = None
         super().__init__(tensors, manifest, pool, backend)
 
     @staticmethod
     def of(module: nn.Module, manifest: Manifest, pool: Pool, **options: Any) -> "SubspaceReplica":
-        """Return the replica of a module, which from now on only runs on settled weights."""
+        """Return the replica of a module, which from now on only runs on its replica's weights."""
         tensors = dict(module.named_parameters())
-        return settling(module, SubspaceReplica(tensors, manifest, pool, **options))
+        replica = SubspaceReplica(tensors, manifest, pool, **options)
+        ranked = {name for name, part, *_ in replica.parts() if isinstance(part, Cosine)}
+        replica._layers = LinearLayers.of(module, ranked)
+        return settling(module, replica)
 
     @property
     def kept_bytes(self) -> int:
         """Memory beside the live weights: coordinates, bases, and the optimizer's state."""
         kept = sum(part.kept_bytes for part in self._lifts.values()) + self._flat.nbytes
+        kept += 0 if self._held is None else self._held.nbytes
         return kept + (self.state.nbytes if self.state else 0)
 
     def parts(self) -> Iterator[tuple[str, Lift, slice, tuple[int, ...]]]:
@@ -79,9 +91,51 @@ class SubspaceReplica(WholeReplica):
 
     def write_at(self, coordinates: torch.Tensor) -> None:
         """Write the weights of these coordinates, shape (q,); `disturbed` brings w(A) back."""
+        self._layers.written()
         with torch.no_grad():
             for _, part, place, shape in self.parts():
                 part.write(coordinates[place].view(shape))
+        self._held = coordinates.clone() if self._layers.chosen else None
+
+    def set(self, coefficients: Coefficients) -> None:
+        """See Replica."""
+        super().set(coefficients)
+        self._layers.choose()
+
+    @contextmanager
+    def perturbed(self, index: int, quanta: int) -> Iterator[None]:
+        """See Replica; who reads parameters within it calls `settle` before."""
+        with self._layers.running(), super().perturbed(index, quanta):
+            yield
+
+    def ready(self) -> None:
+        """See Replica: within `perturbed`, layers that were chosen keep the weights they hold."""
+        if self._perturbed is None or self._held is None or not self._layers.chosen:
+            self.settle()
+        elif self._stale:
+            self._move_to(self.coordinates(), self._held)
+            self._stale = False
+
+    def settle(self) -> None:
+        """See Replica."""
+        self._stale |= self._layers.active
+        super().settle()
+
+    def disturbed(self) -> None:
+        """See WholeReplica."""
+        super().disturbed()
+        self._held = None
+
+    @torch.no_grad()
+    def _move_to(self, coordinates: torch.Tensor, held: torch.Tensor) -> None:
+        """Write these coordinates, but where layers were chosen have them add the difference."""
+        for name, part, place, shape in self.parts():
+            if name in self._layers.chosen and isinstance(part, Cosine):
+                away = coordinates[place] - held[place]
+                self._layers.away(name, part.factors(away.view(shape)))
+            else:
+                part.write(coordinates[place].view(shape))
+                held[place] = coordinates[place]
 
     def direction(self, index: int) -> dict[str, torch.Tensor]:
         """See WholeReplica."""
@@ -136,7 +190,7 @@ class SubspaceReplica(WholeReplica):
                 part.bind(stored.get(name))
         else:
             self._bind(basis, stored)
-        self._gradient = None
+        self._gradient = self._held = None
         super()._take(pool)
 
     def _snapped(self, pool: Pool) -> dict[str, Int8]:
