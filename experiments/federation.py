@@ -86,7 +86,7 @@ def run(
     """
     kind = config.task.kind
     loaded = model.load(config.model, len(config.task.labels), source or minilm(), kind=kind)
-    identity = model.identity(loaded, config, theirs)
+    identity = model.identity(loaded, config, theirs, prepares=True)
     bench = (_short_bench if quick else _bench)(config, loaded, identity, shards, test, forward)
     this_run = b"" if draws_of_seed else config.digest()
     draws = config.draws(run_digest(this_run + bytes([seed]), identity))

@@ -82,6 +82,7 @@ ROWS: Final[dict[Order, dict[str, Row]]] = {
         "M2 Adam, columns, rank 32": zeroth("coordinate", 32, 1, state="adam"),
         "M2 FRUGAL, rank 32": zeroth("coordinate", 32, 1, state="frugal"),
         "M2 Fira, rank 32": zeroth("coordinate", 32, 1, state="fira"),
+        "WeLore, columns, average rank 128": zeroth("coordinate", 128, rank_rule="welore"),
         "M4 int8, dct, rank 32": zeroth("dct", 32, weights="int8"),
         "M4 int8 stochastic, dct, rank 32": zeroth("dct", 32, weights="int8-stochastic"),
     },
@@ -182,7 +183,7 @@ def measured() -> dict[str, Any]:
 def _costs(order: Order, name: str) -> dict[str, Any]:
     config = config_of(order, name, "uci", ROWS[order][name].rates[0])
     loaded = model.load(config.model, 2, federation.minilm())
-    identity = model.identity(loaded, config)
+    identity = model.identity(loaded, config, prepares=True)
     pool = ledger.pool_of(config, identity, 0)
     replica = bench.replica_of(config, loaded.module, identity.manifest, pool)
     d = identity.manifest.num_weights
