@@ -1,0 +1,1 @@
+"""Differential privacy: what noise does (`mechanism`), and what it costs (`accountant`)."""

@@ -1,0 +1,151 @@
+"""What releases cost in epsilon and delta, and how much noise a target takes.
+
+Everything here is about one example added to or removed from one worker's data: the only adjacency
+used (under "replace one" dp-accounting's own accountants disagree about what a multiplier means).
+The privacy loss distribution (PLD) decides; Rényi privacy (RDP) is the cross-check, always above.
+
+All K scalars of a round come from one batch. They are ONE sampled event, not K of them: sampling
+an example once shows it to all scalars at once, and K independently sampled events would claim a
+smaller epsilon than holds.
+"""
+
+from dataclasses import dataclass
+from math import expm1, inf, isfinite, log1p, sqrt
+from types import ModuleType
+from typing import Any, Final, Literal
+
+from lorand.errors import ConfigError
+
+Accountant = Literal["pld", "rdp"]
+Noise = Literal["gaussian", "laplace"]
+
+TOLERANCE: Final = 1e-4
+"""Of a calibrated noise multiplier, which is never below what its target takes."""
+LARGEST_MULTIPLIER: Final = 1e6
+
+
+@dataclass(frozen=True)
+class Release:
+    """One round of one worker: a Poisson sample, one clipped vector an example, noise on the sum.
+
+    `multiplier` is the noise's scale over the clip bound: the standard deviation of Gaussian noise,
+    with vectors clipped in L2; or b of Laplace noise, density ∝ exp(−|x|/b), with vectors clipped
+    in L1. `rate` is each example's chance of being in the batch. With a `cap` a larger batch is cut
+    to a random part of that size, and the data are at most so many `examples`; 0: no cap.
+    """
+
+    noise: Noise
+    multiplier: float
+    rate: float
+    cap: int = 0
+    examples: int = 0
+
+
+def per_scalar(multiplier: float, scalars: int) -> float:
+    """Return the multiplier of one vector that is as noisy as scalars clipped each by itself.
+
+    Each of K scalars of one batch in ±C has the sum's sensitivity √K·C in L2: σ/√K.
+
+    >>> per_scalar(4.0, 16)
+    1.0
+    """
+    return multiplier / sqrt(scalars)
+
+
+def epsilon(release: Release, times: int, delta: float, accountant: Accountant = "pld") -> float:
+    """Return epsilon, at delta, of so many releases of the same kind, each on a fresh sample.
+
+    Laplace noise has delta 0 and the closed form of `laplace_epsilon`. Raises ConfigError where
+    dp-accounting is not installed, and for what it cannot account for.
+    """
+    if times == 0:
+        return 0.0
+    if release.noise == "laplace":
+        return laplace_epsilon(release.multiplier, release.rate, times)
+    dpa, pld, rdp = _library()
+    counter: Any = pld.PLDAccountant() if accountant == "pld" else rdp.RdpAccountant()
+    counter.compose(dpa.SelfComposedDpEvent(_event(dpa, release), times))
+    return float(counter.get_epsilon(delta))
+
+
+def laplace_epsilon(multiplier: float, rate: float, times: int) -> float:
+    """Return T·ln(1 + q(e^{1/b} − 1)): pure epsilon of T sampled releases, q the sample rate.
+
+    One release of noise b·C on a sum of sensitivity C is 1/b-private; sampling with q makes it
+    ln(1 + q(e^{1/b} − 1)) (Balle, Barthe, Gaboardi, NeurIPS 2018, theorem 8), and T releases add.
+
+    >>> round(laplace_epsilon(1.0, 1.0, 100), 9)
+    100.0
+    """
+    exponent = 1 / multiplier
+    if exponent > 700:
+        return inf
+    return times * log1p(rate * expm1(exponent))
+
+
+def calibrated(release: Release, times: int, target_epsilon: float, delta: float) -> Release:
+    """Return the release with the smallest multiplier that keeps `times` of it to the target.
+
+    To TOLERANCE, from above: the result's epsilon is at most the target. Raises ConfigError when
+    no noise up to LARGEST_MULTIPLIER does, or dp-accounting is not installed.
+    """
+    if release.noise == "laplace":
+        return _with(release, 1 / log1p(expm1(target_epsilon / times) / release.rate))
+    dpa, pld, rdp = _library()
+
+    def search(accountant: Any, like: Release, low: float, guess: float) -> float:
+        # The root from above, where epsilon is below the target.
+        found = dpa.calibrate_dp_mechanism(
+            accountant,
+            lambda m: dpa.SelfComposedDpEvent(_event(dpa, _with(like, m)), times),
+            target_epsilon,
+            delta,
+            dpa.LowerEndpointAndGuess(low, guess),
+            tol=TOLERANCE / 4,
+        )
+        return float(found)
+
+    # PLD costs seconds where noise is small, RDP nothing: it shows where to look, for it asks for
+    # a little more noise.
+    plain = Release("gaussian", 1.0, release.rate)
+    try:
+        near = search(rdp.RdpAccountant, plain, 0.05, 2.0)
+        multiplier = search(pld.PLDAccountant, release, 0.7 * near, 1.02 * near)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"no noise keeps {times} rounds to epsilon {target_epsilon:g} at delta {delta:g}: "
+            f"{error}; raise privacy.target_epsilon, or lower sample_rate or run.rounds"
+        ) from error
+    while epsilon(_with(release, multiplier), times, delta) > target_epsilon:
+        multiplier += TOLERANCE / 4
+    return _with(release, multiplier)
+
+
+def _with(release: Release, multiplier: float) -> Release:
+    if not (isfinite(multiplier) and 0 < multiplier <= LARGEST_MULTIPLIER):
+        raise ConfigError(
+            f"a noise multiplier of {multiplier:g} is of no use: raise privacy.target_epsilon"
+        )
+    return Release(release.noise, multiplier, release.rate, release.cap, release.examples)
+
+
+def _event(dpa: ModuleType, release: Release) -> Any:
+    """Return one release as dp-accounting knows it."""
+    if release.cap:
+        return dpa.TruncatedSubsampledGaussianDpEvent(
+            release.examples, release.rate, release.cap, release.multiplier
+        )
+    return dpa.PoissonSampledDpEvent(release.rate, dpa.GaussianDpEvent(release.multiplier))
+
+
+def _library() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """Return dp-accounting, its PLD and its RDP part. Raises ConfigError where it is missing."""
+    try:
+        import dp_accounting
+        from dp_accounting import pld, rdp
+    except ImportError as error:
+        raise ConfigError(
+            "a run with [privacy] counts what is spent with the library dp-accounting: "
+            "pip install 'lorand[privacy]'"
+        ) from error
+    return dp_accounting, pld, rdp

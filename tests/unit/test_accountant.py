@@ -1,0 +1,151 @@
+"""What releases cost (notes/privacy.md §1.3), and the ways to count them wrongly."""
+
+import builtins
+from typing import Any
+
+import dp_accounting
+import pytest
+from dp_accounting import pld, rdp
+
+from lorand.errors import ConfigError
+from lorand.privacy.accountant import (
+    Accountant,
+    Release,
+    calibrated,
+    epsilon,
+    laplace_epsilon,
+    per_scalar,
+)
+
+DELTA = 1e-5
+
+
+def gaussian(rate: float, multiplier: float) -> Release:
+    return Release("gaussian", multiplier, rate)
+
+
+@pytest.mark.parametrize(
+    ("rate", "multiplier", "times", "by_pld", "by_rdp"),
+    [
+        (0.01, 1.0, 1000, 1.828244, 2.101367),
+        (0.01, 1.0, 10000, 6.187745, 6.712757),
+        (0.05, 2.0, 500, 2.532034, 2.768585),
+        (1.0, 10.0, 100, 4.377179, 4.728507),
+    ],
+)
+def test_golden_values(
+    rate: float, multiplier: float, times: int, by_pld: float, by_rdp: float
+) -> None:
+    """The last row is a Gaussian of multiplier 1, whose exact epsilon is 4.377178."""
+    release = gaussian(rate, multiplier)
+    assert epsilon(release, times, DELTA) == pytest.approx(by_pld, abs=1e-3)
+    assert epsilon(release, times, DELTA, "rdp") == pytest.approx(by_rdp, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("target", "multiplier"), [(0.5, 2.3823), (1, 1.4147), (2, 0.9592), (4, 0.7348), (8, 0.5863)]
+)
+def test_golden_multipliers(target: float, multiplier: float) -> None:
+    check_multiplier(target, multiplier)
+
+
+def test_a_golden_multiplier() -> None:
+    check_multiplier(2, 0.9592)
+
+
+def check_multiplier(target: float, multiplier: float) -> None:
+    found = calibrated(gaussian(0.01, 1.0), 1000, target, DELTA)
+    assert found.multiplier == pytest.approx(multiplier, abs=1e-3)
+    assert epsilon(found, 1000, DELTA) <= target
+    assert (found.rate, found.noise) == (0.01, "gaussian")
+
+
+@pytest.mark.parametrize(("cap", "expected"), [(13, 7.57), (20, 3.834), (30, 1.8285)])
+def test_a_cap_on_the_batch_costs_unless_it_is_far_away(cap: int, expected: float) -> None:
+    """T3: at three times the mean it is free."""
+    release = Release("gaussian", 1.0, 0.01, cap=cap, examples=1000)
+    assert epsilon(release, 1000, DELTA) == pytest.approx(expected, abs=2e-3)
+
+
+def test_fewer_examples_than_the_cap_assumes_cost_no_more() -> None:
+    """The number of examples is private: what is assumed of it is an upper bound."""
+    spent = [
+        epsilon(Release("gaussian", 1.0, 0.01, cap=25, examples=count), 1000, DELTA)
+        for count in (1000, 2000)
+    ]
+    assert spent == sorted(spent)
+
+
+@pytest.mark.parametrize(
+    ("rate", "multiplier", "times", "expected"),
+    [(0.01, 10.0, 1000, 1.0512), (0.01, 1.0, 1000, 17.037), (1.0, 100.0, 100, 1.0)],
+)
+def test_laplace_has_a_closed_form(
+    rate: float, multiplier: float, times: int, expected: float
+) -> None:
+    """PLD answers infinity at delta 0."""
+    assert laplace_epsilon(multiplier, rate, times) == pytest.approx(expected, abs=1e-3)
+    release = Release("laplace", multiplier, rate)
+    assert epsilon(release, times, 0.0) == laplace_epsilon(multiplier, rate, times)
+    again = calibrated(Release("laplace", 1.0, rate), times, expected, 0.0)
+    assert again.multiplier == pytest.approx(multiplier, rel=2e-3)
+    assert laplace_epsilon(again.multiplier, rate, times) <= expected * (1 + 1e-12)
+
+
+def test_laplace_noise_that_is_none() -> None:
+    assert laplace_epsilon(1e-4, 0.5, 1) == float("inf")
+
+
+def test_adjacency_is_to_add_or_to_remove_one() -> None:
+    """T1: under "replace one" PLD doubles the sensitivity of a Gaussian, and RDP does not."""
+    replace = dp_accounting.NeighboringRelation.REPLACE_ONE
+    event = dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(10.0), 100)
+    doubled = pld.PLDAccountant(replace).compose(event).get_epsilon(DELTA)
+    not_doubled = rdp.RdpAccountant(neighboring_relation=replace).compose(event)
+    assert doubled == pytest.approx(9.997, abs=1e-2)
+    assert not_doubled.get_epsilon(DELTA) == pytest.approx(4.7285, abs=1e-3)
+    ours = epsilon(gaussian(1.0, 10.0), 100, DELTA)
+    assert ours == pytest.approx(4.377, abs=1e-3)
+
+
+def test_scalars_of_one_batch_are_one_sampled_event() -> None:
+    """T2: composing them as if each had a batch of its own understates epsilon."""
+    count, multiplier, times = 16, 4.0, 1000
+    right = epsilon(gaussian(0.01, per_scalar(multiplier, count)), times, DELTA)
+    wrong = epsilon(gaussian(0.01, multiplier), count * times, DELTA)
+    assert right == pytest.approx(1.828, abs=1e-3)
+    assert wrong == pytest.approx(1.225, abs=1e-3)
+    nested = dp_accounting.ComposedDpEvent([dp_accounting.GaussianDpEvent(multiplier)] * count)
+    event = dp_accounting.PoissonSampledDpEvent(0.01, nested)
+    check = rdp.RdpAccountant().compose(event, times).get_epsilon(DELTA)
+    assert check == pytest.approx(
+        epsilon(gaussian(0.01, per_scalar(multiplier, count)), times, DELTA, "rdp"), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_nothing_released_costs_nothing(accountant: Accountant) -> None:
+    assert epsilon(gaussian(0.01, 1.0), 0, DELTA, accountant) == 0.0
+
+
+def test_a_target_out_of_reach_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"privacy.target_epsilon"):
+        calibrated(gaussian(1.0, 1.0), 10**6, 1e-6, 1e-9)
+    with pytest.raises(ConfigError, match=r"noise multiplier .* raise privacy.target_epsilon"):
+        calibrated(Release("laplace", 1.0, 1.0), 10**6, 1e-6, 0.0)
+
+
+def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *rest: Any) -> Any:
+        if name.startswith("dp_accounting"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ConfigError, match=r"pip install 'lorand\[privacy\]'"):
+        epsilon(gaussian(0.01, 1.0), 1, DELTA)
+    assert laplace_epsilon(1.0, 1.0, 1) == 1.0, "needs no library"
