@@ -2,11 +2,15 @@
 
 import csv
 import json
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import floor
 from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from lorand.config import TaskSection
 from lorand.errors import DataError
@@ -161,3 +165,37 @@ class Sampler:
             self._source.shuffle(self._left)
         taken, self._left = self._left[:size], self._left[size:]
         return taken
+
+
+class PoissonSampler:
+    """Batches in which each example is with the same chance, on its own, each time anew.
+
+    What a sampled release costs is only known of this sampling, and only while nobody knows who was
+    in a batch: shuffled epochs are something else, and a public seed tells all. A batch may be
+    empty, and its size is private.
+    """
+
+    def __init__(
+        self, count: int, rate: float, cap: int = 0, source: Callable[[int], bytes] = os.urandom
+    ) -> None:
+        """Sample from range(count); a batch beyond the cap (0: none) is cut at random.
+
+        `source` gives random bytes; experiments inject a seeded one, and are not private.
+        """
+        self._count = count
+        self._threshold = np.uint64(floor(rate * 2**53))  # rounded down: never more likely
+        self._cap = cap
+        self._source = source
+
+    def batch(self) -> list[int]:
+        """Return the next batch, distinct indices in ascending order."""
+        taken = np.flatnonzero(self._numbers(self._count) < self._threshold)
+        if self._cap and len(taken) > self._cap:
+            order = np.argsort(self._numbers(len(taken)), kind="stable")
+            taken = np.sort(taken[order[: self._cap]])
+        return [int(index) for index in taken]
+
+    def _numbers(self, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+        """Return integers below 2^53, all alike likely, shape (count,)."""
+        words = np.frombuffer(self._source(8 * count), "<u8")
+        return words.astype(np.uint64) >> np.uint64(11)

@@ -22,8 +22,8 @@ from lorand.errors import ConfigError
 from lorand.manifest import Identity
 from lorand.schedules import REFINED_POINTS, Schedule
 from lorand.sections import ModelSection as ModelSection
+from lorand.sections import PrivacySection, Section, SubspaceSection
 from lorand.sections import Quantisation as Quantisation
-from lorand.sections import Section, SubspaceSection
 from lorand.sections import TaskSection as TaskSection
 from lorand.subspaces import periods
 from lorand.subspaces.basis import Basis
@@ -78,6 +78,17 @@ ADDED_LATER: Final[dict[str, dict[str, object]]] = {
         "learning_rate": 1e-3,
         "options": {},
         "error_feedback": True,
+    },
+    "privacy": {
+        "mode": "none",
+        "mechanism": "gaussian",
+        "target_epsilon": 8.0,
+        "delta": 1e-5,
+        "clip_bound": 1.0,
+        "sample_rate": 0.01,
+        "spare_rounds": 0,
+        "batch_cap": 0,
+        "max_examples": 0,
     },
 }
 """Settings that the first runs did not have: at these values they are not part of the identity."""
@@ -236,6 +247,7 @@ class RunConfig(Section):
     codec: CodecSection = CodecSection()
     optimizer: OptimizerSection
     rounds: RoundsSection
+    privacy: PrivacySection = PrivacySection()
     service: ServiceSection = ServiceSection()
 
     @model_validator(mode="after")
@@ -258,6 +270,11 @@ class RunConfig(Section):
         """Whether A alone does not say what comes next, so that who joins reads all entries."""
         rotates = self.directions.rotate_every > 0 or periods.voted(self)
         return rotates or self.directions.drawing != "uniform"
+
+    @property
+    def releases(self) -> int:
+        """Most rounds that a worker of a private run answers, which its noise is calculated for."""
+        return self.run.rounds + self.privacy.spare_rounds
 
     @property
     def keeps_feedback(self) -> bool:

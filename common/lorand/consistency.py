@@ -21,6 +21,7 @@ def refusals(config: "RunConfig") -> Refusals:
         _taken(config),
         _subspace(config),
         _state(config),
+        _private(config),
         _run(config),
     )
 
@@ -226,6 +227,55 @@ def _state(config: "RunConfig") -> Refusals:
         kept and config.local.taken,
         f"{name} steps along gradients, and local steps report none: set local.steps = 0, or "
         'subspace.state = "none"',
+    )
+
+
+def _private(config: "RunConfig") -> Refusals:
+    """What would leave without noise, or be more than its noise was calculated for."""
+    section, estimator = config.privacy, config.estimator
+    private = section.noised
+    yield (
+        private and config.rounds.telemetry != "none",
+        'a batch\'s loss would leave without noise: with [privacy] set rounds.telemetry = "none"',
+    )
+    yield (
+        private and config.rounds.weighting != "equal",
+        "the number of examples would leave without noise: with [privacy] set rounds.weighting = "
+        '"equal"',
+    )
+    yield (
+        private and config.local.taken,
+        "noise covers the scalars of one batch, not local steps: with [privacy] set local.steps "
+        "= 0 and local.epochs = 0",
+    )
+    yield (
+        private and config.subspace.selection == "voted",
+        'votes would leave without noise: with [privacy] set subspace.selection = "drawn"',
+    )
+    yield (
+        private and (estimator.max_batch_size > 0 or estimator.max_directions_per_round > 0),
+        "batches of a private run are sampled at one rate: with [privacy] set "
+        "estimator.max_batch_size = 0 and max_directions_per_round = 0",
+    )
+    yield (
+        private and config.directions.scale_rule == "calibrated",
+        "direction scales that are measured on data leave without noise: with [privacy] set "
+        'directions.scale_rule = "head" or "size"',
+    )
+    yield (
+        private and (section.mechanism == "laplace") != (section.delta == 0),
+        'privacy.mechanism = "laplace" has delta 0 and "gaussian" a small one above it: set '
+        "privacy.delta = 0, or 1e-5",
+    )
+    yield (
+        (section.batch_cap > 0) != (section.max_examples > 0),
+        "privacy.batch_cap costs epsilon by how often a batch is cut, hence by the number of "
+        "examples: set privacy.max_examples, the most that a worker may have; or both to 0",
+    )
+    yield (
+        section.batch_cap > 0 and section.mechanism == "laplace",
+        'what a privacy.batch_cap costs is known for mechanism = "gaussian" alone: set '
+        "privacy.batch_cap = 0 and max_examples = 0",
     )
 
 

@@ -1,4 +1,7 @@
-"""The sections of a run file that say what is learned, and where: [model], [task], [subspace]."""
+"""Sections of a run file: what is learned, where, and what it may show of one example.
+
+[model], [task], [subspace] and [privacy].
+"""
 
 import re
 from typing import Annotated, Literal
@@ -160,3 +163,27 @@ class SubspaceSection(Section):
                 'selection = "voted" with kind = "coordinate", or "svd" inside of local steps'
             )
         return kind
+
+
+class PrivacySection(Section):
+    """Noise that bounds what the run shows of any one example; see `lorand.privacy`.
+
+    `worker`: every worker adds it before anything leaves, so that nobody else has to be trusted.
+    The noise multiplier is no setting: it follows from target_epsilon, delta, sample_rate and the
+    rounds of the run, `spare_rounds` included (those that are abandoned and show something too).
+    """
+
+    mode: Literal["none", "worker"] = "none"
+    mechanism: Literal["gaussian", "laplace"] = "gaussian"
+    target_epsilon: Annotated[float, Field(gt=0, le=100)] = 8.0
+    delta: Annotated[float, Field(ge=0, le=1e-3)] = 1e-5
+    clip_bound: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    sample_rate: Annotated[float, Field(gt=0, le=1)] = 0.01
+    spare_rounds: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    batch_cap: Annotated[int, Field(ge=0, le=65536)] = 0
+    max_examples: Annotated[int, Field(ge=0, le=2**31)] = 0
+
+    @property
+    def noised(self) -> bool:
+        """Whether what leaves a worker carries noise, and nothing leaves without."""
+        return self.mode != "none"

@@ -1,14 +1,99 @@
 """Settings that are valid each by itself and cannot go together (`lorand.consistency`)."""
 
+from typing import Final
+
 import pytest
 from tests.run_text import config_of
 
 from lorand.errors import ConfigError
 
+PRIVATE: Final = 'mode = "worker"'
+
 
 @pytest.mark.parametrize(
     ("sections", "field", "remedy"),
     [
+        (
+            {"privacy": PRIVATE},
+            "a batch's loss would leave",
+            'rounds.telemetry = "none"',
+        ),
+        (
+            {"privacy": PRIVATE, "rounds": 'telemetry = "none"\nweighting = "examples"'},
+            "the number of examples would leave",
+            'rounds.weighting = "equal"',
+        ),
+        (
+            {"privacy": PRIVATE, "rounds": 'telemetry = "none"', "local": "steps = 2"},
+            "not local steps",
+            "local.steps = 0",
+        ),
+        (
+            {
+                "privacy": PRIVATE,
+                "rounds": 'telemetry = "none"',
+                "estimator": 'kind = "backprop"',
+                "subspace": 'kind = "dct"\nselection = "voted"',
+            },
+            "votes would leave",
+            'subspace.selection = "drawn"',
+        ),
+        (
+            {
+                "privacy": PRIVATE,
+                "rounds": 'telemetry = "none"',
+                "estimator": "max_batch_size = 64",
+            },
+            "sampled at one rate",
+            "estimator.max_batch_size = 0",
+        ),
+        (
+            {
+                "privacy": PRIVATE,
+                "rounds": 'telemetry = "none"',
+                "estimator": "max_directions_per_round = 64",
+            },
+            "sampled at one rate",
+            "max_directions_per_round = 0",
+        ),
+        (
+            {
+                "privacy": PRIVATE,
+                "rounds": 'telemetry = "none"',
+                "directions": 'scale_rule = "calibrated"',
+            },
+            "direction scales",
+            'directions.scale_rule = "head"',
+        ),
+        (
+            {"privacy": PRIVATE + '\nmechanism = "laplace"', "rounds": 'telemetry = "none"'},
+            "delta 0",
+            "set privacy.delta = 0",
+        ),
+        (
+            {"privacy": PRIVATE + "\ndelta = 0", "rounds": 'telemetry = "none"'},
+            "delta 0",
+            "or 1e-5",
+        ),
+        (
+            {"privacy": PRIVATE + "\nbatch_cap = 40", "rounds": 'telemetry = "none"'},
+            "privacy.batch_cap costs epsilon",
+            "set privacy.max_examples",
+        ),
+        (
+            {"privacy": PRIVATE + "\nmax_examples = 40", "rounds": 'telemetry = "none"'},
+            "privacy.batch_cap costs epsilon",
+            "or both to 0",
+        ),
+        (
+            {
+                "privacy": PRIVATE
+                + '\nmechanism = "laplace"\ndelta = 0\nbatch_cap = 40\nmax_examples = 400',
+                "rounds": 'telemetry = "none"',
+            },
+            'known for mechanism = "gaussian" alone',
+            "privacy.batch_cap = 0",
+        ),
         (
             {"estimator": "batch_size = 16\nmax_batch_size = 8"},
             "estimator.max_batch_size is below batch_size",
@@ -191,6 +276,18 @@ from lorand.errors import ConfigError
         ),
     ],
     ids=[
+        "privacy and loss",
+        "privacy and examples",
+        "privacy and local steps",
+        "privacy and votes",
+        "privacy and growing batches",
+        "privacy and growing draws",
+        "privacy and calibrated scales",
+        "laplace and delta",
+        "gaussian without delta",
+        "cap without examples",
+        "examples without cap",
+        "cap of laplace",
         "small growth",
         "growth of own",
         "backprop with own directions",

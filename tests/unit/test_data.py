@@ -1,15 +1,17 @@
 """A worker's data file, and the batches drawn from it."""
 
+import os
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorand.config import TaskSection
 from lorand.errors import DataError
-from lorand_worker.data import Examples, Pairs, Sampler, load, missing_labels
+from lorand_worker.data import Examples, Pairs, PoissonSampler, Sampler, load, missing_labels
 
 TASK = TaskSection(labels=("bad", "good", "7"))
 
@@ -113,6 +115,50 @@ def test_batches_are_unpredictable_unless_a_source_is_given() -> None:
     first, again = (Sampler(100, 50, random.Random(1)).batch() for _ in range(2))
     assert first == again
     assert first != sorted(first)
+
+
+# ------------------------------------------------------------- Poisson sampling
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.5, 1.0])
+def test_each_example_is_in_a_batch_with_the_rate_on_its_own(rate: float) -> None:
+    """Sizes vary as they do when each is drawn alone, and pairs are no likelier together."""
+    count, batches = 50, 4000
+    sampler = PoissonSampler(count, rate, source=random.Random(1).randbytes)
+    present = np.zeros((batches, count))
+    for row in present:
+        batch = sampler.batch()
+        assert batch == sorted(set(batch))
+        row[batch] = 1
+    error = 5 * np.sqrt(rate * (1 - rate) / batches) + 1e-12
+    assert np.abs(present.mean(axis=0) - rate).max() < error
+    assert present.sum(axis=1).var() == pytest.approx(count * rate * (1 - rate), rel=0.15)
+    together = (present[:, 0] * present[:, 1]).mean()
+    assert together == pytest.approx(rate**2, abs=5 * np.sqrt(rate**2 / batches))
+
+
+def test_a_batch_may_be_empty() -> None:
+    sampler = PoissonSampler(3, 0.001, source=random.Random(1).randbytes)
+    assert [sampler.batch() for _ in range(5)] == [[]] * 5
+    assert PoissonSampler(3, 2.0**-60).batch() == []
+
+
+def test_a_batch_beyond_the_cap_is_cut_at_random() -> None:
+    sampler = PoissonSampler(20, 0.9, cap=5, source=random.Random(1).randbytes)
+    batches = [sampler.batch() for _ in range(2000)]
+    assert all(len(set(batch)) == 5 for batch in batches)
+    seen = np.bincount(np.concatenate(batches), minlength=20)
+    assert np.abs(seen - 500).max() < 5 * np.sqrt(500)
+
+
+def test_who_is_sampled_is_the_operating_systems_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """T3: equal seeds everywhere do not make equal batches."""
+    assert PoissonSampler(4, 0.5)._source is os.urandom
+    batches = []
+    for _ in range(2):
+        random.seed(1)
+        batches.append(PoissonSampler(400, 0.5).batch())
+    assert batches[0] != batches[1]
 
 
 # ------------------------------------------------------------- prompts and answers
