@@ -31,7 +31,7 @@ from experiments.federation import Point, run
 from experiments.provenance import provenance
 from lorand import ledger
 from lorand.config import RunConfig
-from lorand.subspaces import elections
+from lorand.subspaces import elections, periods
 from lorand.subspaces.basis import drawn
 from lorand.subspaces.replica import SubspaceReplica
 from lorand_worker import bench, model
@@ -66,9 +66,9 @@ def zeroth(kind: str, rank: int, rotate: int = 4, **more: Any) -> Row:
     return Row((1e-4, 3e-4, 1e-3), subspace, rotate)
 
 
-def first(kind: str, rank: int, pool_size: int = 16384, **more: Any) -> Row:
-    """Return a first-order row in one subspace."""
-    return Row((5e-4, 1.5e-3), {"kind": kind, "rank": rank, **more}, 0, pool_size)
+def first(kind: str, rank: int, pool_size: int = 16384, rotate: int = 0, **more: Any) -> Row:
+    """Return a first-order row in one subspace, or in another one every so many rounds."""
+    return Row((5e-4, 1.5e-3), {"kind": kind, "rank": rank, **more}, rotate, pool_size)
 
 
 VOTED: Final[dict[str, Any]] = {"selection": "voted"}
@@ -92,6 +92,9 @@ ROWS: Final[dict[Order, dict[str, Row]]] = {
         "M3 columns, rank 1, K 16,384": first("coordinate", 1, **VOTED),
         "M3 dct, rank 4, K 16,384": first("dct", 4, **VOTED),
         "M3 columns, rank 4, K 65,536": first("coordinate", 4, 65536, **VOTED),
+        "M3 columns, rank 4, K 65,536, voted each round": replace(
+            first("coordinate", 4, 65536, 1, **VOTED), rates=(5e-4, 1e-3)
+        ),
         "full space, K 65,536": Row((1e-4, 3e-4), pool_size=65536),
         "full space, K 4,096": Row((1e-4, 3e-4), pool_size=4096),
         "M3 columns, rank 4, K 4,096": first("coordinate", 4, 4096, **VOTED),
@@ -312,7 +315,7 @@ def _table(order: Order, task: str, once: dict[str, Any] | None) -> list[str]:
         "| kept beside weights | refresh |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in ROWS[order].items():
+    for name in ROWS[order]:
         rate = chosen(order, name, task, fill=False)
         points = _reported(order, name, task)
         if rate is None or not points:
@@ -320,7 +323,9 @@ def _table(order: Order, task: str, once: dict[str, Any] | None) -> list[str]:
         accuracy = cells.mean_and_error([p.score.accuracy for p in points])
         loss = cells.mean_and_error([p.score.loss for p in points])
         costs = (once or {"rows": {}})["rows"].get(f"{order}: {name}", {})
-        votes = costs.get("vote_bytes", 0) * (row.subspace.get("selection") == "voted")
+        config = config_of(order, name, task, rate)
+        held = [n for n in range(config.run.rounds) if periods.elects(config, n)]
+        votes = costs.get("vote_bytes", 0) * len(held)
         lines.append(
             f"| {name} | {rate:.2g} | {len(points)} | {accuracy[0]:.3f} ± {accuracy[1]:.3f} | "
             f"{loss[0]:.3f} ± {loss[1]:.3f} | {_against(order, name, task, loss[0])} | "
