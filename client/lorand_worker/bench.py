@@ -1,5 +1,6 @@
 """The bench of a worker: model, replica, estimator and private data, put together."""
 
+import os
 import random
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,20 +13,22 @@ from torch import nn
 from lorand import layers, ledger
 from lorand.config import RunConfig
 from lorand.directions import Pool
-from lorand.errors import ConfigError
+from lorand.errors import ConfigError, LorandError
 from lorand.layerwise import LayerwiseReplica
 from lorand.ledger import Position
 from lorand.manifest import Identity, Manifest
+from lorand.privacy.mechanism import Mechanism
 from lorand.replica import DTYPES, CopyReplica, Replica, WholeReplica
 from lorand.subspaces.replica import SubspaceReplica
 from lorand.subspaces.state import ReplicatedState
 from lorand.subspaces.state_optimizers import Settings
-from lorand_worker import local_steps, memory, model, quantisation, tasks
+from lorand_worker import independence, local_steps, memory, model, quantisation, tasks
 from lorand_worker.data import Examples, Pairs, Sampler
 from lorand_worker.estimators import Measurement, Order
 from lorand_worker.floor import FloorWatch
 from lorand_worker.memory import Weights
 from lorand_worker.model import LoadedModel
+from lorand_worker.noised import Noised
 from lorand_worker.tasks import Forward, Score, Task
 from lorand_worker.votes import vote
 
@@ -162,12 +165,22 @@ class ModelBench:
         examples: Examples | Pairs,
         source: random.Random | None = None,
         forward: Forward | None = None,
+        mechanism: Mechanism | None = None,
     ) -> None:
-        """Tokenise the examples and build the run's estimator; `source` fixes the batches."""
+        """Tokenise the examples and build the run's estimator; `source` fixes the batches.
+
+        `mechanism` is what makes a private run's releases; without it there are none.
+        """
         self.replica = base.replica
         self._task = task_for(base, config, examples, forward)
         self._subspace = config.subspace.kind
         self._work = local_steps.build(config, base.replica, base.loaded.module)
+        self._noised: Noised | None = None
+        if mechanism is not None:
+            independence.check(base.loaded.module, self._task)
+            random_bytes = os.urandom if source is None else source.randbytes
+            self._noised = Noised.of(config, self._work, mechanism, len(examples), random_bytes)
+        self._private = config.privacy.noised
         self._sampler = Sampler(len(examples), config.estimator.batch_size, source)
         batch = min(len(examples), config.estimator.batch_size)
         self._watch = FloorWatch(config, (forward or Forward()).precision, batch)
@@ -188,6 +201,10 @@ class ModelBench:
 
     def measure(self, order: Order) -> Measurement:
         """See Bench."""
+        if self._private:
+            if self._noised is None:
+                raise LorandError("a private run is measured with its mechanism, or not at all")
+            return self._noised.measure(self._task.losses, order.indices)
         batches = partial(self._sampler.batch, order.batch_size)
         measured = self._work.do(self._task.loss, batches, order, len(self._task))
         self._watch.see(measured)

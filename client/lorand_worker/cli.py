@@ -29,16 +29,22 @@ from lorand_worker.flags import (
     GiveUp,
     Json,
     KeptWeights,
+    MaxEpsilon,
     Model,
+    PublicData,
+    RequirePrivacy,
+    State,
     Threads,
+    state_folder,
+    with_optional_value,
 )
 from lorand_worker.memory import Weights
 from lorand_worker.precision import Precision
 from lorand_worker.reporting import ConsoleReporter
 
 EXIT_CODES = """Exit codes: 0 done; 2 wrong run file or flag; 3 data; 4 model; 5 refused by the
-coordinator or by this worker's policy; 6 ledger damaged; 7 coordinator not reached; 1 anything
-else; 130 interrupted."""
+coordinator or by this worker's policy; 6 ledger damaged; 7 coordinator not reached; 9 privacy
+budget spent; 1 anything else; 130 interrupted."""
 
 app = typer.Typer(
     help="Take part in a LoRand run with data that stays on this machine.\n\n" + EXIT_CODES,
@@ -111,6 +117,8 @@ def calibrate(
     if write:
         calibrating.check_not_begun(run, config)
     report = _reporter(json_output)
+    if config.privacy.noised:
+        report.note("suggestions follow from these examples without noise: give public ones")
     theirs = preparing.written(run, config)
     base = _load_base(config, model, device, report, theirs=theirs)
     if theirs is not None:
@@ -157,13 +165,9 @@ def join(
     cache_dir: CacheDir = None,
     threads: Threads = 0,
     give_up_s: GiveUp = 600.0,
-    state: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for what must survive a restart: what codes of local steps lost; default: "
-            "~/.local/state/lorand."
-        ),
-    ] = None,
+    require_privacy: RequirePrivacy = False,
+    max_epsilon: MaxEpsilon = None,
+    state: State = None,
     output: Annotated[Path | None, typer.Option(help="Write the adapter here at the end.")] = None,
     json_output: Json = False,
 ) -> None:
@@ -178,15 +182,20 @@ def join(
     from lorand_worker.precision import choose
     from lorand_worker.resolution import check_perturbation
     from lorand_worker.session import Session, fetch_run
+    from lorand_worker.spending import open_budget
     from lorand_worker.tasks import Forward
 
     _set_threads(threads)
     report = _reporter(json_output)
     link = Link(address, give_up_s)
+    policy = guard.Policy(
+        guard.parse_seed_pool(seed_pool), require_privacy=require_privacy, max_epsilon=max_epsilon
+    )
+    budget = None
     began = time.monotonic()
     try:
         config, theirs = fetch_run(link, report.note)
-        guard.check(config, guard.Policy(seed_pool=guard.parse_seed_pool(seed_pool)))
+        guard.check(config, policy)
         examples = data_files.load(data, config.task)
         guard.check_examples(config, len(examples), str(data))
         for line in guard.disclosure(config):
@@ -197,20 +206,22 @@ def join(
         if theirs is not None:
             guard.check_identity(base.identity, theirs)
         check_perturbation(config, base.replica)
+        who = name or f"{socket.gethostname()}-{data.stem}"[:64]
+        folder = state or state_folder()
+        budget = open_budget(config, base.identity, who, folder, data, policy, report)
         report.note(base.weights)
         chosen, why = choose(precision, config, base.device)
         report.note(why)
         forward = Forward(chosen, _cache_limits(cache_memory_gb, cache_disk_gb, cache_dir))
-        bench = ModelBench(base, config, examples, forward=forward)
+        mechanism = budget.mechanism(config) if budget is not None else None
+        bench = ModelBench(base, config, examples, forward=forward, mechanism=mechanism)
         if bench.cut:
             length = config.model.max_length
             report.note(
                 f"{bench.cut} of {len(examples)} examples are longer than model.max_length = "
                 f"{length} tokens: the ends of their prompts are left out"
             )
-        who = name or f"{socket.gethostname()}-{data.stem}"[:64]
-        folder = state or _state_folder()
-        session = Session(link, config, base.identity, bench, who, report, folder)
+        session = Session(link, config, base.identity, bench, who, report, folder, budget)
         participant = session.run()
         report.close()
         if output is not None:
@@ -218,6 +229,8 @@ def join(
     finally:
         report.close()
         link.close()
+        if budget is not None:
+            budget.close()
     counts, traffic = participant.counts, link.traffic
     result = {
         "worker": participant.worker,
@@ -256,6 +269,7 @@ def evaluate(
     cache_dir: CacheDir = None,
     threads: Threads = 0,
     give_up_s: GiveUp = 600.0,
+    public_data: PublicData = False,
     json_output: Json = False,
 ) -> None:
     """Measure accuracy on held-out data: once, or along the run, posted to the ledger."""
@@ -270,6 +284,7 @@ def evaluate(
     link = Link(address, give_up_s)
     try:
         config, theirs = session.fetch_run(link, report.note)
+        guard.check_evaluation(config, posts=follow, public=public_data)
         examples = data_files.load(data, config.task)
         base = _load_base(config, model, device, report, weights, theirs=theirs)
         if theirs is not None:
@@ -372,6 +387,25 @@ def replay(
     )
 
 
+@app.command()
+def privacy(
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="A run file: say what noise its settings take. None: what was spent."),
+    ] = None,
+    state: State = None,
+    json_output: Json = False,
+) -> None:
+    """Show the privacy budget spent and left in each run joined here, and what was released."""
+    from lorand_worker import spending
+
+    if run is not None:
+        result, text = spending.expected(load(run))
+    else:
+        result, text = spending.listed(state or state_folder())
+    _result(result, text, json_output)
+
+
 def _position(source: str) -> Any:
     """Return where a ledger ends: a file's, or a running coordinator's."""
     from lorand import ledger
@@ -437,11 +471,6 @@ def _cache_limits(memory_gb: float | None, disk_gb: float | None, folder: Path |
     return Limits(memory, disk, folder)
 
 
-def _state_folder() -> Path:
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(home) / "lorand"
-
-
 def _set_threads(threads: int) -> None:
     if threads:
         import torch
@@ -451,20 +480,6 @@ def _set_threads(threads: int) -> None:
 
 def _result(result: dict[str, Any], text: str, json_output: bool) -> None:
     typer.echo(json.dumps(result) if json_output else text)
-
-
-def with_optional_value(arguments: list[str], option: str, default: str) -> list[str]:
-    """Return the arguments with the default where an option stands without a number.
-
-    >>> with_optional_value(["join", "--seed-pool", "--json"], "--seed-pool", "any")
-    ['join', '--seed-pool', 'any', '--json']
-    """
-    result = []
-    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
-        result.append(argument)
-        if argument == option and not following.isdigit():
-            result.append(default)
-    return result
 
 
 def main() -> None:

@@ -25,6 +25,9 @@ from lorand.subspaces.elections import Columns
 Loss = Callable[[Sequence[int]], torch.Tensor]
 """Mean loss of a batch of example indices at the live weights, a scalar tensor."""
 
+Losses = Callable[[Sequence[int]], torch.Tensor]
+"""Each example's own loss at the live weights, shape (batch,)."""
+
 Batches = Callable[[], Sequence[int]]
 """Draws the next batch of example indices."""
 
@@ -54,11 +57,12 @@ class Order:
 class Measurement:
     """`values[i]` is the projected gradient along direction i of the draw; loss in nats.
 
-    `votes` are columns with most of the gradient, where the round elects a subspace.
+    `votes` are columns with most of the gradient, where the round elects a subspace. Values with
+    privacy noise come without a loss, which has none.
     """
 
     values: Floats
-    loss: float
+    loss: float | None
     votes: Columns = field(default_factory=dict)
 
 
@@ -67,6 +71,12 @@ class Estimator(Protocol):
 
     def measure(self, loss: Loss, batch: Sequence[int], indices: Indices) -> Measurement:
         """Return the projected gradients along `indices`. Raises NonFiniteLoss."""
+
+    def each(self, losses: Losses, batch: Sequence[int], indices: Indices) -> Floats:
+        """Return each example's projected gradients, shape (batch, count); they may be no numbers.
+
+        For a batch of one example or more.
+        """
 
 
 class _ByLosses:
@@ -100,6 +110,18 @@ class Spsa(_ByLosses):
             total += above + below
         return Measurement(values, total / (2 * len(indices)))
 
+    @torch.no_grad()
+    def each(self, losses: Losses, batch: Sequence[int], indices: Indices) -> Floats:
+        """See Estimator; as many passes as `measure`."""
+        vectors = np.empty((len(batch), len(indices)))
+        for position, index in enumerate(indices.tolist()):
+            with self._replica.perturbed(index, self._quanta):
+                above = losses(batch).double()
+            with self._replica.perturbed(index, -self._quanta):
+                below = losses(batch).double()
+            vectors[:, position] = ((above - below) / (2 * self._scale)).cpu()
+        return vectors
+
 
 class OneSided(_ByLosses):
     """One-point estimate: g_k = (L(w(A + c e_k)) − L(w(A))) / μ, c = μ/u.
@@ -119,6 +141,17 @@ class OneSided(_ByLosses):
             with self._replica.perturbed(index, self._quanta):
                 values[position] = (finite(loss(batch)) - base) / self._scale
         return Measurement(values, base)
+
+    @torch.no_grad()
+    def each(self, losses: Losses, batch: Sequence[int], indices: Indices) -> Floats:
+        """See Estimator; as many passes as `measure`."""
+        self._replica.settle()
+        base = losses(batch).double()
+        vectors = np.empty((len(batch), len(indices)))
+        for position, index in enumerate(indices.tolist()):
+            with self._replica.perturbed(index, self._quanta):
+                vectors[:, position] = ((losses(batch).double() - base) / self._scale).cpu()
+        return vectors
 
 
 class ForwardGradient:
@@ -151,12 +184,24 @@ class ForwardGradient:
         values = np.empty(len(indices))
         total = 0.0
         for position, index in enumerate(indices.tolist()):
-            # Fused attention has no forward-mode derivative.
-            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), self._along(index):
-                value: Any = forward_ad.unpack_dual(loss(batch))  # type: ignore[no-untyped-call]
+            value = self._differentiated(loss, batch, index)
             total += finite(value.primal)
             values[position] = finite(value.tangent)
         return Measurement(values, total / len(indices))
+
+    @torch.no_grad()
+    def each(self, losses: Losses, batch: Sequence[int], indices: Indices) -> Floats:
+        """See Estimator; as many passes as `measure`."""
+        vectors = np.empty((len(batch), len(indices)))
+        for position, index in enumerate(indices.tolist()):
+            vectors[:, position] = self._differentiated(losses, batch, index).tangent.cpu()
+        return vectors
+
+    def _differentiated(self, loss: Loss, batch: Sequence[int], index: int) -> Any:
+        """Return a loss, or losses, with what they change along a direction."""
+        # Fused attention has no forward-mode derivative.
+        with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), self._along(index):
+            return forward_ad.unpack_dual(loss(batch))  # type: ignore[no-untyped-call]
 
     @contextmanager
     def _along(self, index: int) -> Iterator[None]:
@@ -197,6 +242,17 @@ class Backprop:
         if not np.isfinite(values).all():
             raise NonFiniteLoss("the gradient is not finite")
         return Measurement(values, mean)
+
+    def each(self, losses: Losses, batch: Sequence[int], indices: Indices) -> Floats:
+        """See Estimator; one backward pass an example, whose gradients are freed like any other."""
+        self._replica.settle()
+        vectors = np.empty((len(batch), len(indices)))
+        for row, example in enumerate(batch):
+            value = losses([example]).sum()
+            self._shares = zero_sums(self._replica.pool.size, value.device)
+            value.backward()  # type: ignore[no-untyped-call]
+            vectors[row] = self._replica.scalars(self._shares)[indices]
+        return vectors
 
     def _add(self, name: str, gradient: torch.Tensor) -> None:
         self._replica.project(name, gradient, self._shares)

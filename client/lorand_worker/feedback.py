@@ -89,7 +89,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder, and whose feedback is meant: each run and worker has a file of its own."""
+    """A folder, and whose files are meant: each run and worker has its own."""
 
     folder: Path
     run_digest: bytes
@@ -97,9 +97,13 @@ class Place:
 
     @property
     def path(self) -> Path:
-        """The file; names may hold what files may not."""
+        """The file of error feedback."""
+        return self.file("feedback.safetensors")
+
+    def file(self, kind: str) -> Path:
+        """Return the file of a kind; names of workers may hold what files may not."""
         worker = hashlib.sha256(self.name.encode()).hexdigest()[:16]
-        return self.folder / f"{self.run_digest.hex()[:16]}-{worker}.feedback.safetensors"
+        return self.folder / f"{self.run_digest.hex()[:16]}-{worker}.{kind}"
 
 
 class FileMemory(Memory):

@@ -1,5 +1,6 @@
-"""Flags that several commands of lr-worker share: types that say their own help."""
+"""Flags of lr-worker that several commands share or that need many words: types with their help."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,3 +43,49 @@ CacheDisk = Annotated[
 CacheDir = Annotated[Path | None, typer.Option(help="Where that file is; default: /var/tmp.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")]
 GiveUp = Annotated[float, typer.Option(min=1, help="Seconds to look for an absent coordinator.")]
+RequirePrivacy = Annotated[
+    bool, typer.Option("--require-privacy", help="Take part only in a run with [privacy].")
+]
+MaxEpsilon = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Take part only in a private run whose epsilon, with what other runs spent of the "
+        "same data file, is at most this.",
+    ),
+]
+State = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for what must survive a restart: privacy budgets, and what codes of local "
+        "steps lost; default: ~/.local/state/lorand."
+    ),
+]
+PublicData = Annotated[
+    bool,
+    typer.Option(
+        "--public-data",
+        help="Private runs: these examples are nobody's secret, so that exact results may be "
+        "posted.",
+    ),
+]
+
+
+def state_folder() -> Path:
+    """Return where a worker keeps what must survive a restart, unless told otherwise."""
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home) / "lorand"
+
+
+def with_optional_value(arguments: list[str], option: str, default: str) -> list[str]:
+    """Return the arguments with the default where an option stands without a number.
+
+    >>> with_optional_value(["join", "--seed-pool", "--json"], "--seed-pool", "any")
+    ['join', '--seed-pool', 'any', '--json']
+    """
+    result = []
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        result.append(argument)
+        if argument == option and not following.isdigit():
+            result.append(default)
+    return result

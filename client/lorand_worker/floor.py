@@ -62,7 +62,7 @@ class FloorWatch:
 
     def see(self, measured: Measurement) -> None:
         """Count the scalars of a round."""
-        if self._warned or not self._step:
+        if self._warned or not self._step or measured.loss is None:
             return
         limit = floor(self._dtype, measured.loss, self._batch)
         self._seen += len(measured.values)

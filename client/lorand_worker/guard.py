@@ -15,10 +15,23 @@ ANY_POOL: Final = 0
 
 @dataclass(frozen=True)
 class Policy:
-    """What this worker's owner allows. `seed_pool`: None any run, ANY_POOL a finite pool, or K."""
+    """What this worker's owner allows.
+
+    `seed_pool`: None any run, ANY_POOL a finite pool, or K. `max_epsilon` is of a data file in all
+    runs together, at deltas of `max_delta` at most, and `max_scalars` of a batch in a private run.
+    """
 
     seed_pool: int | None = None
     max_batch_size: int = 4096
+    require_privacy: bool = False
+    max_epsilon: float | None = None
+    max_delta: float = 1e-5
+    max_scalars: int = 65536
+
+    @property
+    def private(self) -> bool:
+        """Whether only private runs will do."""
+        return self.require_privacy or self.max_epsilon is not None
 
 
 def parse_seed_pool(text: str) -> int | None:
@@ -53,20 +66,70 @@ def check(config: RunConfig, policy: Policy) -> None:
         raise HandshakeError(
             f"the run asks for batches of {most}, this worker allows {policy.max_batch_size}"
         )
+    _check_privacy(config, policy)
+
+
+def _check_privacy(config: RunConfig, policy: Policy) -> None:
+    section = config.privacy
+    if policy.private and not section.noised:
+        raise HandshakeError(
+            f"this worker takes part only in private runs, and {config.run.name!r} has no "
+            "[privacy]; join without --require-privacy and --max-epsilon if that is right"
+        )
+    if policy.private and section.delta > policy.max_delta:
+        raise HandshakeError(
+            f"the run's delta of {section.delta:g} is above {policy.max_delta:g}, the most that "
+            "this worker takes part with"
+        )
+    check_epsilon(config, policy, spent_elsewhere=0.0)
+    if section.noised and config.num_directions > policy.max_scalars:
+        raise HandshakeError(
+            f"the run asks for {config.num_directions} scalars of a batch, this worker allows "
+            f"{policy.max_scalars}"
+        )
+
+
+def check_epsilon(config: RunConfig, policy: Policy, spent_elsewhere: float) -> None:
+    """Raise HandshakeError when the run's epsilon, with that of other runs, is above the policy."""
+    total = config.privacy.target_epsilon + spent_elsewhere
+    if policy.max_epsilon is None or total <= policy.max_epsilon:
+        return
+    other = f" and {spent_elsewhere:.4g} was spent of these data" if spent_elsewhere else ""
+    raise HandshakeError(
+        f"the run's epsilon is {config.privacy.target_epsilon:g}{other}, this worker allows "
+        f"{policy.max_epsilon:g}; join with a higher --max-epsilon if that is right"
+    )
 
 
 def check_examples(config: RunConfig, examples: int, source: str) -> None:
     """Raise DataError when the data are fewer than one batch of the run.
 
     A smaller batch in its place would be noisier than the run's settings say, and the same
-    examples would be measured in every round.
+    examples would be measured in every round. A private run takes any number, which is nobody's
+    business; but more than the run's bound of it would cost more than was planned.
     """
-    wanted = config.estimator.batch_size
+    section, wanted = config.privacy, config.estimator.batch_size
+    if section.noised:
+        if 0 < section.max_examples < examples:
+            raise DataError(
+                f"{source} holds {examples} examples, more than privacy.max_examples = "
+                f"{section.max_examples}, for which the run's noise is calculated: give fewer"
+            )
+        return
     if examples < wanted:
         raise DataError(
             f"{source} holds {examples} example{'s' * (examples != 1)}, fewer than the run's batch "
             f"of {wanted}: give at least {wanted}, or ask the coordinator's operator for a run "
             f"with estimator.batch_size = {examples}"
+        )
+
+
+def check_evaluation(config: RunConfig, *, posts: bool, public: bool) -> None:
+    """Raise ConfigError when exact results on private examples would be posted in a private run."""
+    if config.privacy.noised and posts and not public:
+        raise ConfigError(
+            "evaluations are posted without noise, and this run is private: give public examples "
+            "and say so with --public-data, or leave out --follow, which posts nothing"
         )
 
 
@@ -112,8 +175,22 @@ def disclosure(config: RunConfig) -> list[str]:
     if periods.voted(config):
         also.append("in some rounds, which columns of each matrix have most of the gradient here")
     lines.append(f"With it goes {' and '.join(also)}." if also else "Nothing else goes with it.")
-    lines.append("Texts, labels, weights and gradients stay here. This run adds no privacy noise.")
-    return lines
+    stays = "Texts, labels, weights and gradients stay here."
+    if not config.privacy.noised:
+        return [*lines, f"{stays} This run adds no privacy noise."]
+    return [*lines, stays, *_noise(config)]
+
+
+def _noise(config: RunConfig) -> list[str]:
+    section = config.privacy
+    return [
+        f"Noise is added here, before anything leaves: what all rounds of this run together show "
+        f"of any one example is bounded by epsilon {section.target_epsilon:g}, delta "
+        f"{section.delta:g}, towards everyone, the coordinator included. An example is one line of "
+        "the data: of somebody with several lines more may be seen.",
+        "Not bounded are what other runs on the same data show, how long a round takes here, and "
+        "that this worker takes part.",
+    ]
 
 
 def _steps(local: LocalSection) -> str:

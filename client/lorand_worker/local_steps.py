@@ -41,11 +41,11 @@ class Standing:
 
     def __init__(self, estimator: Estimator) -> None:
         """Take what measures."""
-        self._estimator = estimator
+        self.estimator = estimator
 
     def do(self, loss: Loss, batches: Batches, order: Order, examples: int) -> Measurement:
         """See Work."""
-        return self._estimator.measure(loss, batches(), order.indices)
+        return self.estimator.measure(loss, batches(), order.indices)
 
 
 class SeedSteps:
@@ -73,6 +73,7 @@ class SeedSteps:
         try:
             for part in parts:
                 measured = self._estimator.measure(loss, batches(), order.indices[part])
+                assert measured.loss is not None, "the run file refuses noise on steps"
                 losses.append(measured.loss)
                 gradient = np.zeros(count)
                 gradient[part] = measured.values * factors[part]

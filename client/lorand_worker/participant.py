@@ -19,6 +19,7 @@ from lorand.ledger import Position
 from lorand.subspaces import elections
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
+from lorand_worker.budget import Budget
 from lorand_worker.estimators import Measurement, NonFiniteLoss, Order
 from lorand_worker.feedback import Awaited, Memory
 
@@ -91,12 +92,17 @@ class Participant:
         bench: Bench,
         uniform: Callable[[int], Floats] = codec.system_uniform,
         memory: Memory | None = None,
+        budget: Budget | None = None,
     ) -> None:
         """Start at a position; the bench is brought there before the first measurement.
 
         `uniform` draws numbers for unbiased rounding; experiments inject a seeded one. `memory`
         keeps error feedback across a restart; without it, feedback lives as long as this object.
+        `budget` is what a private run is charged to, and such a run is not answered without.
         """
+        if position.config.privacy.noised and budget is None:
+            raise LorandError("a private run needs a budget, in a folder that outlives this worker")
+        self._budget = budget if position.config.privacy.noised else None
         self._uniform = uniform
         self._memory = memory or Memory(position.config.directions.pool_size)
         self.position = position
@@ -110,6 +116,8 @@ class Participant:
         if awaited is not None:
             place = (awaited.contribution.round_index, awaited.committed, awaited.worker)
             self._answer = (place, Request(contribution=awaited.contribution))
+        if self._budget is not None and (last := self._budget.account.answer) is not None:
+            self._answer = (last.asked, Request(contribution=last.contribution))
 
     def catch_up(self, position: Position) -> None:
         """Jump to a later position of the same run (a checkpoint)."""
@@ -183,6 +191,8 @@ class Participant:
         manifest, committed = self.position.identity.manifest, self.position.committed
         elect = self.position.elections.due(config, manifest, committed)
         order = Order(indices, factors, committed, batch_size, elect)
+        if self._budget is not None:
+            return self._release(start, order, self._budget, self.worker)
         try:
             measured = self._bench.measure(order)
             coded = self._encode(measured, indices, start.scale_exponent)
@@ -197,7 +207,7 @@ class Participant:
             scale=coded.scale,
             votes=elections.pack(measured.votes),
         )
-        if config.rounds.telemetry == "loss":
+        if config.rounds.telemetry == "loss" and measured.loss is not None:
             contribution.loss = measured.loss
         if config.rounds.weighting == "examples":
             contribution.examples = self._bench.examples
@@ -207,6 +217,24 @@ class Participant:
             self._memory.await_commit(
                 Awaited(contribution, self.worker, committed, sequence, after)
             )
+        self.counts.measured += 1
+        return Request(contribution=contribution)
+
+    def _release(
+        self, start: wire.RoundStart, order: Order, budget: Budget, worker: int
+    ) -> Request:
+        """Measure with noise and return the codes alone, charged before anyone has them.
+
+        Nothing here depends on the data but the codes: no skip and no reason, whatever the losses
+        are. An error ends this worker instead.
+        """
+        budget.check()
+        measured = self._bench.measure(order)
+        assert measured.loss is None, "what comes with noise comes alone"
+        coded = self._encode(measured, order.indices, start.scale_exponent)
+        packed = codec.pack(self.position.config.codec.up, coded.codes)
+        contribution = pb.Contribution(round_index=start.round_index, codes=packed)
+        budget.charge((start.round_index, order.committed, worker), contribution)
         self.counts.measured += 1
         return Request(contribution=contribution)
 

@@ -16,6 +16,7 @@ from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand_worker import feedback
 from lorand_worker.bench import ModelBench
+from lorand_worker.budget import Budget
 from lorand_worker.link import FEATURES, Link, Retry, Stream
 from lorand_worker.participant import Bench, Participant
 from lorand_worker.tasks import Score
@@ -43,6 +44,8 @@ class Session:
     report: Reporter
     state: Path | None = None
     """Folder in which what must survive a restart is kept; None: nothing does."""
+    budget: Budget | None = None
+    """What a private run is charged to."""
 
     def __post_init__(self) -> None:
         """Begin before entry 0, with a new session number."""
@@ -53,7 +56,7 @@ class Session:
             place = feedback.Place(self.state, start.run_digest, self.name)
             size = self.config.directions.pool_size
             memory = feedback.FileMemory(size, place, self.report.note)
-        self.participant = Participant(start, self.bench, memory=memory)
+        self.participant = Participant(start, self.bench, memory=memory, budget=self.budget)
 
     def run(self) -> Participant:
         """Take part until the run is finished; return the participant at the end of the ledger.

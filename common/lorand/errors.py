@@ -47,3 +47,9 @@ class ContributionError(LorandError):
     """A contribution does not fit the round it claims to answer."""
 
     exit_code = 8
+
+
+class BudgetSpent(LorandError):
+    """A worker has released as much of its examples as the run's epsilon allows."""
+
+    exit_code = 9

@@ -8,7 +8,7 @@ from tests.runs import IDENTITY, config_of
 from lorand.errors import ConfigError, HandshakeError
 from lorand.manifest import Manifest, TensorSpec
 from lorand_worker import guard
-from lorand_worker.cli import with_optional_value
+from lorand_worker.flags import with_optional_value
 from lorand_worker.guard import ANY_POOL, Policy, check, check_identity, parse_seed_pool
 
 CONFIG = config_of()

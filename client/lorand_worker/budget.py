@@ -1,0 +1,264 @@
+"""A worker's privacy budget of a run: how often it may still answer, in a file that outlives it.
+
+A release is charged together with its bytes, in one replaced file, before anyone is given them.
+So a process that ends at any moment has shown at most what is charged, and one that comes back
+repeats an answer that may have left instead of making another.
+"""
+
+import base64
+import fcntl
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from google.protobuf.message import DecodeError
+
+from lorand.config import RunConfig
+from lorand.errors import BudgetSpent, LorandError
+from lorand.privacy import accountant, plan
+from lorand.privacy.accountant import Release
+from lorand.privacy.mechanism import Mechanism
+from lorand.v1 import ledger_pb2 as pb
+from lorand_worker.feedback import Place
+
+FORMAT: Final = "lorand/budget/v1"
+SUFFIX: Final = "budget.json"
+SLACK: Final = 1e-3
+"""Epsilon by which another version of the accountant may differ from the one that planned."""
+
+Asked = tuple[int, int, int]
+"""A round, how many were committed before it, and the worker's number."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The last release, as it may have left."""
+
+    asked: Asked
+    contribution: pb.Contribution
+
+
+@dataclass(frozen=True)
+class Account:
+    """What was released of some examples in a run, and how much may be.
+
+    `charged` of `limit` releases are spent; each made `scalars` numbers of a fresh sample. `data`
+    is the file that the examples came from.
+    """
+
+    run_digest: str
+    run: str
+    worker: str
+    data: str
+    release: Release
+    target_epsilon: float
+    delta: float
+    scalars: int
+    limit: int
+    charged: int = 0
+    answer: Answer | None = None
+
+    @property
+    def left(self) -> int:
+        """Releases that may still be made."""
+        return self.limit - self.charged
+
+    def spent(self) -> float:
+        """Return the epsilon, at delta, of what is charged so far."""
+        return accountant.epsilon(self.release, self.charged, self.delta)
+
+
+class Budget:
+    """The account of one worker in one run, in its file; one process at a time has it.
+
+    The noise multiplier is calculated once, here, from the run's own settings, and stays with the
+    account.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        config: RunConfig,
+        data: Path,
+        planned: Callable[[RunConfig], Release] = plan.planned,
+    ) -> None:
+        """Open the account, or begin it. Raises LorandError when it is not to be relied upon."""
+        self.path = place.file(SUFFIX)
+        self._descriptor = self._lock()
+        try:
+            self.account = self._opened(place, config, data, planned)
+        except BaseException:
+            self.close()
+            raise
+
+    def _opened(
+        self,
+        place: Place,
+        config: RunConfig,
+        data: Path,
+        planned: Callable[[RunConfig], Release],
+    ) -> Account:
+        begun = Account(
+            run_digest=place.run_digest.hex(),
+            run=config.run.name,
+            worker=place.name,
+            data=str(data.resolve()),
+            release=plan.release_of(config, 1.0),
+            target_epsilon=config.privacy.target_epsilon,
+            delta=config.privacy.delta,
+            scalars=config.num_directions,
+            limit=config.releases,
+        )
+        if not self.path.exists():
+            account = replace(begun, release=planned(config))
+            self._check(account)
+            self._keep(account)
+            return account
+        account = read(self.path)
+        release = plan.release_of(config, account.release.multiplier)
+        ours = replace(begun, release=release, charged=account.charged, answer=account.answer)
+        if replace(account, data=ours.data) != ours:
+            raise _unreliable(self.path, "it is of another run, worker or release of lorand")
+        self._check(account)
+        return account
+
+    def _check(self, account: Account) -> None:
+        """Have the whole run stay within its target, whatever made the account."""
+        most = accountant.epsilon(account.release, account.limit, account.delta)
+        if not most <= account.target_epsilon + SLACK:
+            raise _unreliable(
+                self.path, f"{account.limit} rounds at its noise are epsilon {most:.4g}"
+            )
+
+    def _lock(self) -> int:
+        lock = self.path.with_suffix(".lock")
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise _unwritten(self.path, error) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise LorandError(
+                f"another process spends from {self.path}: a worker is in a run once; end the "
+                "other one, or give this one a --name and data of its own"
+            ) from error
+        return descriptor
+
+    def close(self) -> None:
+        """Let another process have the account."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def mechanism(self, config: RunConfig) -> Mechanism:
+        """Return what releases a round of the run, with the noise of this account."""
+        return plan.mechanism(config, self.account.release.multiplier)
+
+    def check(self) -> None:
+        """Raise BudgetSpent when there is nothing left for another release."""
+        account = self.account
+        if account.left <= 0:
+            raise BudgetSpent(
+                f"the privacy budget of {account.worker!r} in the run {account.run!r} is spent: "
+                f"{account.charged} of {account.limit} releases, (epsilon "
+                f"{account.target_epsilon:g}, delta {account.delta:g}); this worker sends nothing "
+                "more. What was learned: `lr-worker export`; more rounds take another run, and "
+                "its epsilon comes on top"
+            )
+
+    def charge(self, asked: Asked, contribution: pb.Contribution) -> None:
+        """Charge a release and keep it, durably; only then may anyone have it.
+
+        Raises BudgetSpent when nothing is left, LorandError when it cannot be kept: in either case
+        the release must be dropped.
+        """
+        self.check()
+        account = replace(
+            self.account, charged=self.account.charged + 1, answer=Answer(asked, contribution)
+        )
+        self._keep(account)
+        self.account = account
+
+    def _keep(self, account: Account) -> None:
+        """Replace the file; after a crash at any step it is the old one or the new one, whole."""
+        partial = self.path.with_suffix(".partial")
+        try:
+            with open(partial, "wb", opener=_for_its_owner) as file:
+                file.write(_written(account))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, self.path)
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            raise _unwritten(self.path, error) from error
+
+
+def read(path: Path) -> Account:
+    """Return the account in a file. Raises LorandError when it cannot be relied upon."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        if content.pop("format") != FORMAT:
+            raise ValueError("it is of another format")
+        answer = content.pop("answer")
+        if answer is not None:
+            first, second, third = map(int, answer["asked"])
+            body = base64.b64decode(answer["contribution"], validate=True)
+            answer = Answer((first, second, third), pb.Contribution.FromString(body))
+        release = Release(**content.pop("release"))
+        account = Account(release=release, answer=answer, **content)
+        if not 0 <= account.charged <= account.limit or (account.charged == 0) != (answer is None):
+            raise ValueError("what it counts cannot be")
+        return account
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, DecodeError) as error:
+        raise _unreliable(path, str(error) or type(error).__name__) from error
+
+
+def accounts(folder: Path) -> list[Account]:
+    """Return all accounts in a folder, in the order of their names. Raises LorandError."""
+    found = [read(path) for path in sorted(folder.glob(f"*.{SUFFIX}"))]
+    return sorted(found, key=lambda account: (account.run, account.worker, account.run_digest))
+
+
+def of_same_data(folder: Path, data: Path) -> list[Account]:
+    """Return the accounts of one data file, whatever the run: their epsilons and deltas add."""
+    return [account for account in accounts(folder) if account.data == str(data.resolve())]
+
+
+def _written(account: Account) -> bytes:
+    content = asdict(replace(account, answer=None)) | {"format": FORMAT}
+    if account.answer is not None:
+        body = account.answer.contribution.SerializeToString(deterministic=True)
+        content["answer"] = {
+            "asked": list(account.answer.asked),
+            "contribution": base64.b64encode(body).decode(),
+        }
+    return json.dumps(content, indent=1).encode()
+
+
+def _for_its_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def _unwritten(path: Path, error: Exception) -> LorandError:
+    return LorandError(
+        f"cannot keep the privacy budget in {path}: {error}; without it nothing is sent; choose "
+        "another folder with --state"
+    )
+
+
+def _unreliable(path: Path, why: str) -> LorandError:
+    return LorandError(
+        f"the privacy budget in {path} cannot be relied upon: {why}. What was released is not "
+        "known, so this worker sends nothing: bring the file back from a copy that is no older "
+        "than the last round, or join another run"
+    )

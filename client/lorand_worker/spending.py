@@ -1,0 +1,129 @@
+"""Private runs on the command line: opening a budget at join, and `lr-worker privacy`."""
+
+from pathlib import Path
+from typing import Any
+
+from lorand import ledger
+from lorand.config import RunConfig
+from lorand.errors import ConfigError, HandshakeError
+from lorand.manifest import Identity
+from lorand.privacy import accountant, plan
+from lorand_worker import budget, guard
+from lorand_worker.budget import Account, Budget
+from lorand_worker.feedback import Place
+from lorand_worker.guard import Policy
+from lorand_worker.session import Reporter
+
+
+def open_budget(
+    config: RunConfig,
+    identity: Identity,
+    name: str,
+    folder: Path,
+    data: Path,
+    policy: Policy,
+    report: Reporter,
+) -> Budget | None:
+    """Return the budget of a private run, None for any other. Raises LorandError.
+
+    Runs on the same data file count together, and one run takes a data file once.
+    """
+    if not config.privacy.noised:
+        return None
+    digest = ledger.origin(config, identity).run_digest
+    others = [
+        account
+        for account in budget.of_same_data(folder, data)
+        if (account.run_digest, account.worker) != (digest.hex(), name)
+    ]
+    for account in others:
+        if account.run_digest == digest.hex():
+            raise HandshakeError(
+                f"{data} is in this run already, as {account.worker!r}: twice would show twice as "
+                "much of it; join with that --name"
+            )
+    elsewhere = sum(account.spent() for account in others)
+    guard.check_epsilon(config, policy, elsewhere)
+    report.note("calculating what noise keeps the run to its epsilon")
+    opened = Budget(Place(folder, digest, name), config, data)
+    report.note(_said(config, opened.account))
+    if elsewhere:
+        report.note(f"other runs spent epsilon {elsewhere:.4g} of these data: epsilons add up")
+    return opened
+
+
+def _said(config: RunConfig, account: Account) -> str:
+    release, section = account.release, config.privacy
+    error = release.multiplier * section.clip_bound / config.estimator.batch_size
+    return (
+        f"noise multiplier {release.multiplier:.4g}: {release.noise} noise of scale {error:.3g} on "
+        f"each scalar, for {account.limit} releases, of which {account.charged} are made"
+    )
+
+
+def expected(config: RunConfig) -> tuple[dict[str, Any], str]:
+    """Return what a run file's settings come to, for scripts and as text. Raises ConfigError."""
+    section = config.privacy
+    if not section.noised:
+        raise ConfigError(
+            f'the run {config.run.name!r} has no privacy: set privacy.mode = "worker"'
+        )
+    release = plan.planned(config)
+    spent = accountant.epsilon(release, config.releases, section.delta)
+    error = release.multiplier * section.clip_bound / config.estimator.batch_size
+    result = {
+        "noise_multiplier": release.multiplier,
+        "epsilon": spent,
+        "delta": section.delta,
+        "releases": config.releases,
+        "noise_on_a_scalar": error,
+    }
+    return result, (
+        f"epsilon {spent:.4g} at delta {section.delta:g} after {config.releases} releases takes a "
+        f"noise multiplier of {release.multiplier:.4g}: each worker's scalars carry "
+        f"{section.mechanism} noise of scale {error:.3g}"
+    )
+
+
+def listed(folder: Path) -> tuple[dict[str, Any], str]:
+    """Return what was spent in all runs of a state folder, for scripts and as text."""
+    found = [(account, account.spent()) for account in budget.accounts(folder)]
+    by_data: dict[str, float] = {}
+    for account, spent in found:
+        by_data[account.data] = by_data.get(account.data, 0.0) + spent
+    result = {
+        "runs": [_figures(account, spent) for account, spent in found],
+        "data": [{"file": name, "epsilon": spent} for name, spent in by_data.items()],
+    }
+    if not found:
+        return result, f"no private run was joined here ({folder} holds no budgets)"
+    lines = []
+    for account, spent in found:
+        lines.append(
+            f"{account.run}, as {account.worker}: epsilon {spent:.4g} of "
+            f"{account.target_epsilon:g} spent, delta {account.delta:g}\n"
+            f"  {account.charged} of {account.limit} releases, each {account.scalars:,} scalars of "
+            f"a fresh sample, noise multiplier {account.release.multiplier:.4g}\n"
+            f"  of {account.data}"
+        )
+    shared = [name for name in by_data if [a.data for a, _ in found].count(name) > 1]
+    for name in shared:
+        lines.append(f"together, of {name}: epsilon {by_data[name]:.4g} (deltas add as well)")
+    return result, "\n".join(lines)
+
+
+def _figures(account: Account, spent: float) -> dict[str, Any]:
+    return {
+        "run": account.run,
+        "run_digest": account.run_digest,
+        "worker": account.worker,
+        "data": account.data,
+        "epsilon_spent": spent,
+        "epsilon_left": max(0.0, account.target_epsilon - spent),
+        "target_epsilon": account.target_epsilon,
+        "delta": account.delta,
+        "releases": account.charged,
+        "releases_left": account.left,
+        "scalars": account.charged * account.scalars,
+        "noise_multiplier": account.release.multiplier,
+    }
