@@ -42,24 +42,28 @@ def test_golden_values(
     assert epsilon(release, times, DELTA, "rdp") == pytest.approx(by_rdp, abs=1e-3)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("target", "multiplier"), [(0.5, 2.3823), (1, 1.4147), (2, 0.9592), (4, 0.7348), (8, 0.5863)]
 )
 def test_golden_multipliers(target: float, multiplier: float) -> None:
-    check_multiplier(target, multiplier)
-
-
-def test_a_golden_multiplier() -> None:
-    check_multiplier(2, 0.9592)
-
-
-def check_multiplier(target: float, multiplier: float) -> None:
     found = calibrated(gaussian(0.01, 1.0), 1000, target, DELTA)
     assert found.multiplier == pytest.approx(multiplier, abs=1e-3)
-    assert epsilon(found, 1000, DELTA) <= target
+    assert target * 0.999 < epsilon(found, 1000, DELTA) <= target
     assert (found.rate, found.noise) == (0.01, "gaussian")
+
+
+@pytest.mark.parametrize(
+    ("release", "times", "target"),
+    [
+        (gaussian(0.001, 1.0), 100, 0.1),  # where RDP asks for far more noise
+        (Release("gaussian", 1.0, 0.05, cap=12, examples=150), 50, 4.0),  # and for too little
+    ],
+)
+def test_no_more_noise_than_the_target_takes(release: Release, times: int, target: float) -> None:
+    found = calibrated(release, times, target, DELTA)
+    assert epsilon(found, times, DELTA) <= target
+    less = Release("gaussian", found.multiplier - 2e-4, found.rate, found.cap, found.examples)
+    assert epsilon(less, times, DELTA) > target
 
 
 @pytest.mark.parametrize(("cap", "expected"), [(13, 7.57), (20, 3.834), (30, 1.8285)])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from tests.runs import IDENTITY, config_of
 
-from lorand.errors import ConfigError, HandshakeError
+from lorand.errors import ConfigError, DataError, HandshakeError
 from lorand.manifest import Manifest, TensorSpec
 from lorand_worker import guard
 from lorand_worker.flags import with_optional_value
@@ -103,3 +103,63 @@ def test_the_owner_is_told_of_local_steps() -> None:
     assert "the mean loss of the batches." in text
     epoch = config_of(estimator={"kind": "backprop"}, local={"epochs": 1})
     assert "where 1 epoch on the data here led" in " ".join(guard.disclosure(epoch))
+
+
+# ------------------------------------------------------------- privacy
+
+PRIVATE = config_of(rounds={"telemetry": "none"}, privacy={"mode": "worker", "target_epsilon": 2.0})
+
+
+def test_the_owner_is_told_what_noise_bounds_and_what_not() -> None:
+    text = " ".join(guard.disclosure(PRIVATE))
+    assert "Nothing else goes with it." in text
+    assert "any one example is bounded by epsilon 2, delta 1e-05, towards everyone" in text
+    assert "An example is one line of the data" in text
+    assert "Not bounded are what other runs on the same data show, how long a round takes" in text
+    assert "adds no privacy noise" not in text
+    assert "This run adds no privacy noise." in " ".join(guard.disclosure(CONFIG))
+
+
+def test_runs_weaker_than_the_policy_are_refused() -> None:
+    for policy in (Policy(), Policy(require_privacy=True), Policy(max_epsilon=2.0)):
+        check(PRIVATE, policy)
+    for policy in (Policy(require_privacy=True), Policy(max_epsilon=9.0)):
+        with pytest.raises(HandshakeError, match=r"only in private runs, and 'small' has no"):
+            check(CONFIG, policy)
+    with pytest.raises(HandshakeError, match=r"epsilon is 2, this worker allows 1\.9"):
+        check(PRIVATE, Policy(max_epsilon=1.9))
+    loose = config_of(rounds={"telemetry": "none"}, privacy={"mode": "worker", "delta": 1e-4})
+    check(loose, Policy())
+    with pytest.raises(HandshakeError, match=r"delta of 0.0001 is above 1e-05"):
+        check(loose, Policy(require_privacy=True))
+    with pytest.raises(HandshakeError, match="3 scalars of a batch, this worker allows 2"):
+        check(PRIVATE, Policy(max_scalars=2))
+
+
+def test_what_other_runs_spent_counts() -> None:
+    guard.check_epsilon(PRIVATE, Policy(max_epsilon=3.0), 1.0)
+    with pytest.raises(HandshakeError, match=r"is 2 and 1.5 was spent of these data"):
+        guard.check_epsilon(PRIVATE, Policy(max_epsilon=3.0), 1.5)
+    guard.check_epsilon(PRIVATE, Policy(), 1e9)
+
+
+def test_how_many_examples_there_are_is_nobodys_business() -> None:
+    """T7: a refusal would tell; but a bound that noise was calculated for holds."""
+    guard.check_examples(PRIVATE, 1, "a.csv")
+    with pytest.raises(DataError, match="holds 1 example, fewer than"):
+        guard.check_examples(CONFIG, 1, "a.csv")
+    capped = config_of(
+        rounds={"telemetry": "none"},
+        privacy={"mode": "worker", "batch_cap": 40, "max_examples": 100},
+    )
+    guard.check_examples(capped, 100, "a.csv")
+    with pytest.raises(DataError, match=r"101 examples, more than privacy.max_examples = 100"):
+        guard.check_examples(capped, 101, "a.csv")
+
+
+def test_exact_evaluations_of_a_private_run_are_of_public_data() -> None:
+    guard.check_evaluation(CONFIG, posts=True, public=False)
+    guard.check_evaluation(PRIVATE, posts=False, public=False)
+    guard.check_evaluation(PRIVATE, posts=True, public=True)
+    with pytest.raises(ConfigError, match="say so with --public-data"):
+        guard.check_evaluation(PRIVATE, posts=True, public=False)

@@ -9,7 +9,9 @@ an example once shows it to all scalars at once, and K independently sampled eve
 smaller epsilon than holds.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import expm1, inf, isfinite, log1p, sqrt
 from types import ModuleType
 from typing import Any, Final, Literal
@@ -22,6 +24,10 @@ Noise = Literal["gaussian", "laplace"]
 TOLERANCE: Final = 1e-4
 """Of a calibrated noise multiplier, which is never below what its target takes."""
 LARGEST_MULTIPLIER: Final = 1e6
+_ORDERS: Final = (*range(2, 65), 128, 256, 512, 1024)
+_COARSE: Final = 1e-3
+_SMALLEST: Final = 0.2
+"""Less noise is not looked for, and hardly any."""
 
 
 @dataclass(frozen=True)
@@ -93,32 +99,44 @@ def calibrated(release: Release, times: int, target_epsilon: float, delta: float
         return _with(release, 1 / log1p(expm1(target_epsilon / times) / release.rate))
     dpa, pld, rdp = _library()
 
-    def search(accountant: Any, like: Release, low: float, guess: float) -> float:
-        # The root from above, where epsilon is below the target.
-        found = dpa.calibrate_dp_mechanism(
-            accountant,
-            lambda m: dpa.SelfComposedDpEvent(_event(dpa, _with(like, m)), times),
-            target_epsilon,
-            delta,
-            dpa.LowerEndpointAndGuess(low, guess),
-            tol=TOLERANCE / 4,
-        )
-        return float(found)
+    def beyond(accountant: Callable[[], Any], like: Release, multiplier: float) -> float:
+        event = dpa.SelfComposedDpEvent(_event(dpa, _with(like, multiplier)), times)
+        return float(accountant().compose(event).get_epsilon(delta)) - target_epsilon
 
-    # PLD costs seconds where noise is small, RDP nothing: it shows where to look, for it asks for
-    # a little more noise.
+    # PLD costs seconds, most where noise is small. RDP, which asks for more noise, shows where to
+    # look, and a coarse PLD, whose epsilon is no smaller than the fine one's, looks there first.
     plain = Release("gaussian", 1.0, release.rate)
-    try:
-        near = search(rdp.RdpAccountant, plain, 0.05, 2.0)
-        multiplier = search(pld.PLDAccountant, release, 0.7 * near, 1.02 * near)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"no noise keeps {times} rounds to epsilon {target_epsilon:g} at delta {delta:g}: "
-            f"{error}; raise privacy.target_epsilon, or lower sample_rate or run.rounds"
-        ) from error
-    while epsilon(_with(release, multiplier), times, delta) > target_epsilon:
-        multiplier += TOLERANCE / 4
-    return _with(release, multiplier)
+    coarse = partial(pld.PLDAccountant, value_discretization_interval=_COARSE)
+    near = _root(partial(beyond, lambda: rdp.RdpAccountant(_ORDERS), plain), 1.0, 2.0, 1e-2)
+    near = _root(partial(beyond, coarse, release), near, 1.15, 1e-2 * near)
+    fine = partial(beyond, pld.PLDAccountant, release)
+    return _with(release, _root(fine, near, 1.01, TOLERANCE / 2))
+
+
+def _root(beyond: Callable[[float], float], guess: float, step: float, tolerance: float) -> float:
+    """Return a multiplier that is not beyond the target, `tolerance` at most above the smallest.
+
+    `beyond` falls as noise grows. From the guess it goes by factors of `step` to where the sign
+    changes, then by secants of which neither end stays for long (the Illinois rule). Raises
+    ConfigError when no multiplier in use is enough.
+    """
+    low = high = guess
+    above = below = beyond(guess)
+    while below > 0:
+        low, above, high = high, below, high * step
+        below = beyond(high)
+    while above <= 0 and high > _SMALLEST:
+        high, below, low = low, above, low / step
+        above = beyond(low)
+    while high - low > tolerance and high > _SMALLEST:
+        middle = low + (high - low) * above / (above - below)
+        middle = min(max(middle, low + tolerance / 2), high - tolerance / 2)
+        value = beyond(middle)
+        if value > 0:
+            low, above, below = middle, value, below / 2
+        else:
+            high, below, above = middle, value, above / 2
+    return high
 
 
 def _with(release: Release, multiplier: float) -> Release:
