@@ -27,7 +27,15 @@ from lorand.kernels import zero_sums
 from lorand.replica import CopyReplica, Replica
 from lorand.subspaces.replica import SubspaceReplica
 from lorand_worker import estimators
-from lorand_worker.estimators import Estimator, Loss, Measurement, NonFiniteLoss, Order, finite
+from lorand_worker.estimators import (
+    Estimator,
+    Loss,
+    Measurement,
+    NonFiniteLoss,
+    Order,
+    Spsa,
+    finite,
+)
 
 Batches = Callable[[], Sequence[int]]
 """Draws the next batch of example indices."""
@@ -49,6 +57,9 @@ class Standing:
 
     def do(self, loss: Loss, batches: Batches, order: Order, examples: int) -> Measurement:
         """See Work."""
+        if order.curvature:
+            assert isinstance(self._estimator, Spsa), "the run file refuses it"
+            return self._estimator.measure_curvature(loss, batches(), order.indices)
         return self._estimator.measure(loss, batches(), order.indices)
 
 
