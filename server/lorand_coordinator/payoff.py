@@ -315,12 +315,13 @@ _WAY_OUT: Final = (
 
 
 def _unknown(found: Kept) -> list[Finding]:
-    """What is said when energies can be told from noise and curvatures cannot."""
+    """What is said when energies can be told from noise and curvatures cannot, or are negative."""
     if found.energy is None:
         return []
     text = (
-        f"the subspace keeps {_percent(found.energy)} of the gradient's energy, and its curvature "
-        "cannot be told from zero: raise estimator.perturbation_scale or estimator.batch_size"
+        f"the subspace keeps {_percent(found.energy)} of the gradient's energy; what that is worth "
+        "is not known, since curvatures are not known to be above zero: raise "
+        "estimator.perturbation_scale or estimator.batch_size"
     )
     return [Finding("subspace", text, warning=False)]
 
