@@ -182,7 +182,8 @@ class Participant:
         factors = draws.importance(indices)
         manifest, committed = self.position.identity.manifest, self.position.committed
         elect = self.position.elections.due(config, manifest, committed)
-        order = Order(indices, factors, committed, batch_size, elect)
+        curvature = self.position.elections.probing(config)
+        order = Order(indices, factors, committed, batch_size, elect, curvature)
         try:
             measured = self._bench.measure(order)
             coded = self._encode(measured, indices, start.scale_exponent)
@@ -199,6 +200,8 @@ class Participant:
         )
         if config.rounds.telemetry == "loss":
             contribution.loss = measured.loss
+            if measured.curvature is not None:
+                contribution.curvature = measured.curvature
         if config.rounds.weighting == "examples":
             contribution.examples = self._bench.examples
         if config.keeps_feedback:
