@@ -112,8 +112,9 @@ DOES_NOT_PAY: Final = tiny.settings(
     },
 )
 """The model prefers the word that is seldom right, and texts say nothing: nearly all of the
-gradient is that of the mask's own row of words, which the subspace has one of 32 columns of. Positions,
-which it keeps whole, differ from text to text: they carry little of it, but much of the curvature.
+gradient is that of the mask's own row of words, which the subspace has one of 32 columns of.
+Positions, which it keeps whole, differ from text to text: they carry little of it, but much of the
+curvature.
 At this rate the run stays where it is: alpha is .08, h .35 and kappa .2.
 """
 
