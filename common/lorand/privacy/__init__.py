@@ -1,0 +1,1 @@
+"""What keeps one example, and one worker, from being read out of what is released."""
