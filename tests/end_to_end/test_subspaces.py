@@ -51,6 +51,7 @@ RUNS: Final = {
     "frugal": drawn("coordinate", rotate=1, state="frugal"),
     "fira": drawn("coordinate", rotate=1, state="fira"),
     "int8": drawn("dct", weights="int8-stochastic"),
+    "welore": drawn("coordinate", rank_rule="welore"),
     "voted": voted("coordinate"),
     "voted-dct-lazy": voted("dct", lazy=True),
 }
