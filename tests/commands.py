@@ -215,7 +215,7 @@ class Room:
 
         task = self.config.task
         loaded = models.load(self.config.model, len(task.labels), self.model, kind=task.kind)
-        identity = models.identity(loaded, self.config)
+        identity = models.identity(loaded, self.config, prepares=True)
         (self.folder / "run.lock").write_text(identity.to_lock(), encoding="utf-8")
         return self
 

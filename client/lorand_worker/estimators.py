@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,7 +43,7 @@ class Order:
     The directions to measure, shape (count,), factors on their scalars where local steps use them
     (`Draws.importance`; None: 1), how many rounds were committed before, and the number of examples
     where it is not the run's batch size. `elect` are the numbers of the tensors whose next columns
-    the round elects.
+    the round elects. `curvature` asks for what the directions met of it.
     """
 
     indices: Indices
@@ -51,19 +51,22 @@ class Order:
     committed: int = 0
     batch_size: int = 0
     elect: Sequence[int] = ()
+    curvature: bool = False
 
 
 @dataclass(frozen=True)
 class Measurement:
     """`values[i]` is the projected gradient along direction i of the draw; loss in nats.
 
-    `votes` are columns with most of the gradient, where the round elects a subspace. Values with
-    privacy noise come without a loss, which has none.
+    `votes` are columns with most of the gradient, where the round elects a subspace; `curvature`
+    the mean of zᵀHz over the directions, in nats a squared unit of an unscaled weight, where the
+    round asks for it. Values with privacy noise come without a loss, which has none.
     """
 
     values: Floats
     loss: float | None
     votes: Columns = field(default_factory=dict)
+    curvature: float | None = None
 
 
 class Estimator(Protocol):
@@ -121,6 +124,19 @@ class Spsa(_ByLosses):
                 below = losses(batch).double()
             vectors[:, position] = ((above - below) / (2 * self._scale)).cpu()
         return vectors
+
+    @torch.no_grad()
+    def measure_curvature(self, loss: Loss, batch: Sequence[int], indices: Indices) -> Measurement:
+        """Return what `measure` does, with the curvature: one forward pass more, of L(w(A)).
+
+        The mean over directions of (L(w + μz) + L(w − μz) − 2 L(w)) / μ², which is zᵀHz + O(μ²), is
+        twice what the reported loss is above L(w), over μ².
+        """
+        measured = self.measure(loss, batch, indices)
+        self._replica.settle()
+        here = finite(loss(batch))
+        assert measured.loss is not None
+        return replace(measured, curvature=2 * (measured.loss - here) / self._scale**2)
 
 
 class OneSided(_ByLosses):

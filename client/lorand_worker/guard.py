@@ -170,11 +170,14 @@ def disclosure(config: RunConfig) -> list[str]:
     also = []
     if config.rounds.telemetry == "loss":
         also.append(f"the mean loss of the batch{'es' * config.local.taken}")
+        if config.subspace.probe:
+            also.append("its mean curvature along these directions")
     if config.rounds.weighting == "examples":
         also.append("the number of local examples")
     if periods.voted(config):
         also.append("in some rounds, which columns of each matrix have most of the gradient here")
-    lines.append(f"With it goes {' and '.join(also)}." if also else "Nothing else goes with it.")
+    listed = " and ".join(filter(None, (", ".join(also[:-1]), *also[-1:])))
+    lines.append(f"With it goes {listed}." if also else "Nothing else goes with it.")
     stays = "Texts, labels, weights and gradients stay here."
     if not config.privacy.noised:
         return [*lines, f"{stays} This run adds no privacy noise."]

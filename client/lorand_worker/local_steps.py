@@ -24,7 +24,7 @@ from lorand.kernels import zero_sums
 from lorand.replica import CopyReplica, Replica
 from lorand.subspaces.replica import SubspaceReplica
 from lorand_worker import estimators
-from lorand_worker.estimators import Batches, Estimator, Loss, Measurement, Order, finite
+from lorand_worker.estimators import Batches, Estimator, Loss, Measurement, Order, Spsa, finite
 from lorand_worker.projected_steps import CoordinateSteps, SvdSteps
 from lorand_worker.stepping import check, make, not_too_far, rate, steps, try_out
 
@@ -45,6 +45,9 @@ class Standing:
 
     def do(self, loss: Loss, batches: Batches, order: Order, examples: int) -> Measurement:
         """See Work."""
+        if order.curvature:
+            assert isinstance(self.estimator, Spsa), "the run file refuses it"
+            return self.estimator.measure_curvature(loss, batches(), order.indices)
         return self.estimator.measure(loss, batches(), order.indices)
 
 

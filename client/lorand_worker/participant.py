@@ -190,7 +190,8 @@ class Participant:
         factors = draws.importance(indices)
         manifest, committed = self.position.identity.manifest, self.position.committed
         elect = self.position.elections.due(config, manifest, committed)
-        order = Order(indices, factors, committed, batch_size, elect)
+        curvature = self.position.elections.probing(config)
+        order = Order(indices, factors, committed, batch_size, elect, curvature)
         if self._budget is not None:
             return self._release(start, order, self._budget, self.worker)
         try:
@@ -209,6 +210,8 @@ class Participant:
         )
         if config.rounds.telemetry == "loss" and measured.loss is not None:
             contribution.loss = measured.loss
+            if measured.curvature is not None:
+                contribution.curvature = measured.curvature
         if config.rounds.weighting == "examples":
             contribution.examples = self._bench.examples
         if config.keeps_feedback:

@@ -53,6 +53,11 @@ def choose(asked: Precision, config: RunConfig, device: "torch.device") -> tuple
             f"forward passes: float32, since at a perturbation scale below "
             f"{MIN_PERTURBATION_SCALE} bfloat16 would drown the scalars"
         )
+    if config.subspace.probe:
+        return Precision.FLOAT32, (
+            "forward passes: float32, since the run compares curvatures, which rounding in "
+            "bfloat16 would change"
+        )
     faster = bfloat16_speedup(device)
     chosen = Precision.BFLOAT16 if faster >= WORTHWHILE else Precision.FLOAT32
     return chosen, f"forward passes: {chosen} (bfloat16 is {faster:.1f} times as fast here)"

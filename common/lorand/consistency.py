@@ -196,6 +196,35 @@ def _subspace(config: "RunConfig") -> Refusals:
         section.switch_off and not section.probe,
         "subspace.switch_off goes by what probes tell: set subspace.probe = true as well",
     )
+    yield from _probe(config)
+
+
+def _probe(config: "RunConfig") -> Refusals:
+    """What tells whether a subspace pays."""
+    probe, rounds = config.subspace.probe, config.rounds
+    yield (
+        probe and config.estimator.kind != "spsa",
+        "subspace.probe compares curvatures, which losses on both sides of the weights tell: set "
+        'estimator.kind = "spsa", or probe = false',
+    )
+    yield (
+        probe and rounds.telemetry == "none",
+        "subspace.probe needs the curvature that participants met beside their scalars: set "
+        'rounds.telemetry = "loss", or subspace.probe = false',
+    )
+    yield (
+        probe
+        and (config.directions.mode == "own" or rounds.quorum < 2 or config.codec.up == "sign"),
+        "subspace.probe takes the noise of scalars out by how far participants' are apart: that "
+        'needs directions.mode = "shared", rounds.quorum of 2 or more and a codec other than '
+        '"sign"; or set probe = false',
+    )
+    yield (
+        probe and max(config.subspace.refresh_every, config.directions.rotate_every) < 4,
+        "subspace.probe takes errors from how far the rounds of a probe are apart, after those in "
+        "which the scale of codes follows: set subspace.refresh_every (with directions."
+        "rotate_every, if that is not a part of it) to 4 or more, or probe = false",
+    )
 
 
 def _state(config: "RunConfig") -> Refusals:

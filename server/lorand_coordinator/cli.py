@@ -22,7 +22,7 @@ from lorand.errors import ConfigError, ConnectionLost, LedgerError, LorandError
 from lorand.manifest import Identity
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
-from lorand_coordinator import diagnostics, history, presets, refinement, show
+from lorand_coordinator import diagnostics, history, payoff, presets, refinement, show
 from lorand_coordinator.hub import Hub
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.service import serve as serve_hub
@@ -205,10 +205,21 @@ def diagnose(
 ) -> None:
     """Tell from a ledger's scalars why a run does not learn, and what to do."""
     config, rounds = history.read(path)
-    recent = diagnostics.Recent(config, last)
-    for part in deque(rounds, last):
+    recent, comparison = diagnostics.Recent(config, last), payoff.Comparison()
+    kept: deque[history.Round] = deque(maxlen=last)
+    for part in rounds:
+        kept.append(part)
+        comparison = payoff.after(
+            config,
+            comparison,
+            part.committed,
+            part.scale_exponent,
+            list(part.reports.values()),
+            part.curvatures,
+        )
+    for part in kept:
         recent.add(part.scale_exponent, part.reports.values())
-    content = show.figures(recent)
+    content = show.figures(recent, comparison)
     out(json.dumps(content) if json_output else show.figures_text(content))
 
 

@@ -10,19 +10,24 @@ from lorand.directions import Draws
 from lorand.errors import LedgerError
 from lorand.ledger import Position
 from lorand.v1 import ledger_pb2 as pb
-from lorand_coordinator import show
+from lorand_coordinator import payoff, show
 from lorand_coordinator.aggregation import Report, report
 from lorand_coordinator.store import SqliteStore
 
 
 @dataclass(frozen=True)
 class Round:
-    """A committed round: what its participants reported, the scale of their codes, its draws."""
+    """A committed round: its participants' reports, the scale of their codes, the round's draws.
+
+    `curvatures` are those that came with them, `committed` counts the rounds before it.
+    """
 
     round_index: int
     draws: Draws
     scale_exponent: int
     reports: dict[int, Report]
+    curvatures: list[float]
+    committed: int
 
 
 def read(path: Path) -> tuple[RunConfig, Iterator[Round]]:
@@ -49,7 +54,7 @@ def _rounds(position: Position, store: SqliteStore) -> Iterator[Round]:
     config = position.config
     try:
         for body in store.entries():
-            entry, draws = ledger.parse(body), position.draws
+            entry, draws, committed = ledger.parse(body), position.draws, position.committed
             position = ledger.apply(position, body)  # what is drawn may follow from what was moved
             if not entry.HasField("commit"):
                 continue
@@ -58,6 +63,13 @@ def _rounds(position: Position, store: SqliteStore) -> Iterator[Round]:
             stored = [pb.StoredContribution.FromString(part) for part in parts]
             count = entry.commit.directions
             reports = {part.worker: report(config, part.contribution, count) for part in stored}
-            yield Round(entry.round_index, draws, entry.commit.scale_exponent, reports)
+            yield Round(
+                entry.round_index,
+                draws,
+                entry.commit.scale_exponent,
+                reports,
+                payoff.curvatures(stored),
+                committed,
+            )
     finally:
         store.close()

@@ -176,7 +176,7 @@ class Hub:
         """Log what the scalars tell of the run; a finding that stays comes once a window."""
         position, recent = self.sequencer.position, self.sequencer.recent
         committed = 0 if position is None else position.committed
-        for finding in recent.findings():
+        for finding in self.sequencer.findings():
             if committed >= self._told.get(finding.kind, 0):
                 self._told[finding.kind] = committed + recent.window
                 log.log(logging.WARNING if finding.warning else logging.INFO, "%s", finding.text)

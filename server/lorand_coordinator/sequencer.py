@@ -14,21 +14,26 @@ import numpy as np
 
 from lorand import codec, ledger
 from lorand.codec import SCALE_EXPONENTS
-from lorand.config import PROTOCOL_VERSION, RunConfig
-from lorand.directions import Draws
+from lorand.config import RunConfig
 from lorand.errors import ContributionError, HandshakeError, LedgerError
 from lorand.ledger import Position
 from lorand.manifest import Identity, Manifest
-from lorand.subspaces import cosines
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
-from lorand_coordinator import aggregation, diagnostics, optimizer, rounds, subspace
+from lorand_coordinator import (
+    aggregation,
+    diagnostics,
+    handshake,
+    optimizer,
+    payoff,
+    rounds,
+    subspace,
+)
 from lorand_coordinator.snapshot import pack_state, unpack_state
 from lorand_coordinator.store import Checkpoint, Store, StoreUnavailable
 
 EVALUATIONS_KEPT: Final = 1000
 MAX_REASON: Final = 300
-MAX_NAME: Final = 64
 
 Message = wire.ParticipateResponse
 
@@ -71,6 +76,7 @@ class Sequencer:
         self.store = store
         self.tally = Tally()
         self.recent = diagnostics.Recent(config)
+        self.comparison = payoff.Comparison()
         self.reason = ""
         self._waiting_identity = identity
         self._settings = rounds.Settings(
@@ -124,7 +130,7 @@ class Sequencer:
             if entry.sequence < committed_before:
                 continue
             if entry.HasField("commit"):
-                self._repeat(position.draws, entry)
+                self._repeat(position, entry)
             position = ledger.apply(position, body)
         if not np.array_equal(position.coefficients, self._optimizer.coefficients):
             raise LedgerError("the optimizer's coefficients are not those of the ledger")
@@ -153,22 +159,25 @@ class Sequencer:
         )
         return position, state
 
-    def _repeat(self, draws: Draws, entry: pb.Entry) -> None:
-        """Fold a stored round into the optimizer's state; its ΔA must come out as written."""
-        stored = self.store.contributions(entry.sequence)
-        ledger.check_contributions(entry, stored)
-        count = entry.commit.directions
-        reports = self._reports(map(pb.StoredContribution.FromString, stored), count)
+    def _repeat(self, position: Position, entry: pb.Entry) -> None:
+        """Fold a stored round into what is carried on; ΔA and the rest must come out as written."""
+        bodies = self.store.contributions(entry.sequence)
+        ledger.check_contributions(entry, bodies)
+        stored = [pb.StoredContribution.FromString(body) for body in bodies]
+        reports = self._reports(stored, entry.commit.directions)
+        comparison = self._compare(position, stored, reports)
         after, update = optimizer.advance(
-            self.config, draws, self._optimizer, entry.round_index, reports
+            self.config, position.draws, self._optimizer, entry.round_index, reports
         )
-        packed = self._pack_codes(update)
-        if (update.scale, packed) != (entry.commit.scale, entry.commit.codes):
+        gives_up = comparison.given_up and not self.comparison.given_up
+        repeated = (update.scale, self._pack_codes(update), gives_up)
+        commit = entry.commit
+        if repeated != (commit.scale, commit.codes, commit.gives_up_subspace):
             raise LedgerError(
                 f"round {entry.round_index} does not repeat to what the ledger holds; continue this"
                 " run with the LoRand and numpy versions that wrote it"
             )
-        self._optimizer = after
+        self._optimizer, self.comparison = after, comparison
 
     def _count(self, entry: pb.Entry) -> None:
         """Keep the figures and the engine's counters in step with an entry."""
@@ -212,6 +221,11 @@ class Sequencer:
         """What every replica must share; None until an identity is adopted."""
         return self._position.identity if self._position else self._waiting_identity
 
+    def findings(self) -> list[diagnostics.Finding]:
+        """Return what the run's scalars tell, warnings first."""
+        found = [*self.recent.findings(), *payoff.findings(self.config, self.comparison)]
+        return sorted(found, key=lambda finding: not finding.warning)
+
     def tail(self, start: int) -> list[bytes]:
         """Return the entries from a sequence on."""
         return list(self.store.entries(start))
@@ -224,19 +238,11 @@ class Sequencer:
         Raises HandshakeError with a sentence that names both sides, StoreUnavailable when a new
         member cannot be written.
         """
-        if hello.protocol_version != PROTOCOL_VERSION:
-            raise HandshakeError(
-                f"the worker speaks protocol version {hello.protocol_version}, the coordinator "
-                f"{PROTOCOL_VERSION}; install the same release of lorand on both"
-            )
-        if not 0 < len(hello.name) <= MAX_NAME:
-            raise HandshakeError(
-                f"a worker's name has 1 to {MAX_NAME} characters; choose one with --name"
-            )
+        handshake.check_greeting(hello)
         if self._position is None:
             self._adopt(hello)
         assert self._position is not None
-        check_identity(hello, self._position)
+        handshake.check_identity(hello, self._position)
         self._check_history(hello)
         for number, account in self.tally.accounts.items():
             if account.name == hello.name:
@@ -260,7 +266,9 @@ class Sequencer:
             raise HandshakeError("the worker's digests are not of 32 bytes; install this release")
         manifest = Manifest.from_json(hello.manifest)
         identity = Identity(hello.base_digest, hello.tokenizer_digest, manifest)
-        check_identity(hello, ledger.origin(self.config, identity))  # before it is written
+        handshake.check_identity(
+            hello, ledger.origin(self.config, identity)
+        )  # before it is written
         self._begin(identity)
 
     def _check_history(self, hello: wire.Hello) -> None:
@@ -307,6 +315,8 @@ class Sequencer:
         except ContributionError as error:
             return [self._reject(worker, contribution.round_index, str(error))]
         contribution.DiscardUnknownFields()
+        probing = self._position is not None and self._position.elections.probing(self.config)
+        payoff.drop_unasked(contribution, probing=probing)
         if self.config.rounds.telemetry == "none" or not np.isfinite(contribution.loss):
             contribution.ClearField("loss")
         payload = contribution.SerializeToString(deterministic=True)
@@ -316,8 +326,8 @@ class Sequencer:
         """Append an evaluator's result. Raises HandshakeError or StoreUnavailable."""
         if self._position is None or run_digest != self._position.run_digest:
             raise HandshakeError("the evaluation is of another run than the coordinator's")
-        if len(evaluation.evaluator) > MAX_NAME:
-            raise HandshakeError(f"an evaluator's name has at most {MAX_NAME} characters")
+        if len(evaluation.evaluator) > handshake.MAX_NAME:
+            raise HandshakeError(f"an evaluator's name has at most {handshake.MAX_NAME} characters")
         if not (0 <= evaluation.accuracy <= 1 and np.isfinite(evaluation.loss)):
             raise HandshakeError("an evaluation needs an accuracy in 0 … 1 and a finite loss")
         return self._append(pb.Entry(round_index=self.engine.round_index, evaluation=evaluation))
@@ -379,6 +389,7 @@ class Sequencer:
         after, update = optimizer.advance(
             self.config, self._position.draws, self._optimizer, round_index, reports
         )
+        comparison = self._compare(self._position, stored, reports)
         commit = pb.Commit(
             scale=update.scale,
             codes=self._pack_codes(update),
@@ -387,10 +398,11 @@ class Sequencer:
             contributions_digest=ledger.contributions_digest(bodies),
             directions=count,
             basis=subspace.elected(self._position, stored),
+            gives_up_subspace=comparison.given_up and not self.comparison.given_up,
         )
         assert commit.scale_exponent in SCALE_EXPONENTS
         outgoing = self._append(pb.Entry(round_index=round_index, commit=commit), bodies)
-        self._optimizer = after
+        self._optimizer, self.comparison = after, comparison
         self._note_scalars(commit.scale_exponent, reports)
         for worker in commit.workers:
             self.tally.accounts[worker].contributions += 1
@@ -401,6 +413,22 @@ class Sequencer:
 
     def _note_scalars(self, scale_exponent: int, reports: dict[int, aggregation.Report]) -> None:
         self.recent.add(scale_exponent, [reports[worker] for worker in sorted(reports)])
+
+    def _compare(
+        self,
+        position: Position,
+        stored: Iterable[pb.StoredContribution],
+        reports: dict[int, aggregation.Report],
+    ) -> payoff.Comparison:
+        """Return what a round adds to the comparison of the subspace with full space."""
+        return payoff.after(
+            self.config,
+            self.comparison,
+            position.committed,
+            self._optimizer.scale_exponent,
+            [reports[worker] for worker in sorted(reports)],
+            payoff.curvatures(stored),
+        )
 
     def _reports(
         self, stored: Iterable[pb.StoredContribution], count: int
@@ -449,42 +477,3 @@ class Sequencer:
             self.store.save_checkpoint(checkpoint)
         except StoreUnavailable as error:
             self.reason = f"no checkpoint could be kept: {error}"
-
-
-def check_identity(hello: wire.Hello, position: Position) -> None:
-    """Raise HandshakeError unless the worker has the run's base model, tokenizer and manifest."""
-    identity = position.identity
-    pairs = [
-        (
-            "base weights",
-            hello.base_digest,
-            identity.base_digest,
-            "use the same model and revision",
-        ),
-        (
-            "tokenizer",
-            hello.tokenizer_digest,
-            identity.tokenizer_digest,
-            "use the tokenizer that comes with the run's model",
-        ),
-        (
-            "parameter manifest",
-            hello.manifest_digest,
-            identity.manifest.digest(),
-            "use the same release of lorand and transformers",
-        ),
-        ("run", hello.run_digest, position.run_digest, "use the coordinator's run file"),
-        (
-            "table of cosines",
-            hello.cosines_digest,
-            cosines.digest_of(position.config, identity.manifest),
-            "its numpy rounds a cosine otherwise: install the same version, or set subspace.kind = "
-            '"coordinate"',
-        ),
-    ]
-    for what, theirs, ours, advice in pairs:
-        if theirs != ours:
-            raise HandshakeError(
-                f"the worker's {what} ({theirs.hex()[:16] or 'none'}) is not the coordinator's "
-                f"({ours.hex()[:16]}); {advice}"
-            )

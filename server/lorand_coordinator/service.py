@@ -200,7 +200,7 @@ class Status(status_service.StatusServiceServicer):
             head=sequencer.store.head(),
             abandoned=engine.abandoned,
             loss=tally.loss,
-            findings=[finding.text for finding in sequencer.recent.findings()],
+            findings=[finding.text for finding in sequencer.findings()],
         )
         if position is not None:
             answer.coefficients_digest = coefficients_digest(position.coefficients)

@@ -13,6 +13,7 @@ from lorand import ledger
 from lorand.ledger import Position
 from lorand.v1 import ledger_pb2 as pb
 from lorand.v1 import status_pb2 as status
+from lorand_coordinator import payoff
 from lorand_coordinator.diagnostics import Recent
 from lorand_coordinator.store import SqliteStore
 
@@ -105,8 +106,10 @@ def rows(path: Path, last: int) -> list[dict[str, Any]]:
     return kept
 
 
-def figures(recent: Recent) -> dict[str, Any]:
-    """Return the figures of the last rounds, for JSON."""
+def figures(recent: Recent, comparison: payoff.Comparison) -> dict[str, Any]:
+    """Return the figures of the last rounds, and of the run's subspace, for JSON."""
+    found = [*recent.findings(), *payoff.findings(recent.config, comparison)]
+    found.sort(key=lambda finding: not finding.warning)
     total = recent.total
     ratio, error = total.signal_to_noise or (None, None)
     count = max(total.scalars, 1)
@@ -118,7 +121,22 @@ def figures(recent: Recent) -> dict[str, Any]:
         "signal_to_noise": ratio,
         "standard_error": error,
         "scale_exponent": total.scale_exponent,
-        "findings": [finding.text for finding in recent.findings()],
+        "subspace": _kept(comparison),
+        "findings": [finding.text for finding in found],
+    }
+
+
+def _kept(comparison: payoff.Comparison) -> dict[str, Any] | None:
+    """What the subspace keeps, each with its standard error; None where nothing was compared."""
+    if not comparison.probes:
+        return None
+    kept = payoff.kept(comparison)
+    return {
+        "probes": comparison.probes,
+        "energy": kept.energy and list(kept.energy),
+        "curvature": kept.curvature and list(kept.curvature),
+        "progress": kept.progress and list(kept.progress),
+        "given_up": comparison.given_up,
     }
 
 

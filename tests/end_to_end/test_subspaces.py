@@ -1,6 +1,11 @@
-"""Whole runs in subspaces, with real processes: a late worker and a restart end with all others."""
+"""Whole runs in subspaces, with real processes: a late worker and a restart end with all others.
 
+One of them finds out that its subspace does not pay, and gives it up.
+"""
+
+import random
 import signal
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -8,7 +13,9 @@ from tests import tiny
 from tests.commands import MakeRoom, Room, committed, wait_for
 from tests.end_to_end.test_run import assert_same_bits, connected
 
-from lorand import adapter
+from lorand import adapter, ledger
+from lorand.subspaces import periods
+from lorand_coordinator.payoff import SIDE
 
 COMMON: Final[dict[str, dict[str, Any]]] = {
     "run": {"rounds": 16},
@@ -44,6 +51,7 @@ RUNS: Final = {
     "frugal": drawn("coordinate", rotate=1, state="frugal"),
     "fira": drawn("coordinate", rotate=1, state="fira"),
     "int8": drawn("dct", weights="int8-stochastic"),
+    "welore": drawn("coordinate", rank_rule="welore"),
     "voted": voted("coordinate"),
     "voted-dct-lazy": voted("dct", lazy=True),
 }
@@ -81,3 +89,66 @@ def assert_exported(room: Room, digest: str) -> None:
     assert wrote["weights_digest"] == digest
     kept = adapter.load(folder)
     assert (len(kept.elections.bases) > 0) == (kept.config.subspace.selection == "voted")
+
+
+PERIOD: Final = 8
+"""Rounds of a subspace that does not pay."""
+DECIDED: Final = periods.PROBE_EVERY + SIDE + 1
+"""The first period that may be given up: a second probe was compared before it."""
+DOES_NOT_PAY: Final = tiny.settings(
+    "spsa",
+    run={"name": "tiny-bad-subspace", "rounds": PERIOD * DECIDED + 6},
+    model={"trainable": "name:(word|position)_embeddings"},
+    task={"kind": "label-words", "template": "{text} {mask}", "label_words": ["noisy", "superb"]},
+    directions={"rotate_every": PERIOD},
+    estimator={"batch_size": 32, "directions_per_round": 8},
+    optimizer={"learning_rate": 1e-5, "schedule": "constant"},
+    rounds={"quorum": 2, "start_with": 2, "deadline_s": 60.0},
+    subspace={
+        "kind": "coordinate",
+        "rank": 1,
+        "targets": "word_embeddings",
+        "probe": True,
+        "switch_off": True,
+    },
+)
+"""The model prefers the word that is seldom right, and texts say nothing: nearly all of the
+gradient is that of the mask's own row of words, which the subspace has one of 32 columns of.
+Positions, which it keeps whole, differ from text to text: they carry little of it, but much of the
+curvature.
+At this rate the run stays where it is: alpha is .08, h .35 and kappa .2.
+"""
+
+
+def wordless(folder: Path, name: str) -> Path:
+    """Texts of 1 to 18 words that say nothing of their labels, of which one is the rarer."""
+    source = random.Random(name)
+    rows = [
+        (" ".join(source.choices(tiny.FILLER, k=1 + i % 18)), tiny.LABELS[i // 18 % 3 == 2])
+        for i in range(180)
+    ]
+    return tiny.write_csv(folder / f"{name}.csv", rows)
+
+
+@pytest.mark.slow
+def test_a_subspace_that_does_not_pay_is_given_up(
+    make_room: MakeRoom, masked_model: Path, tmp_path: Path
+) -> None:
+    """Probes tell; all go on in full space, a worker among them that joins after that."""
+    room = make_room(DOES_NOT_PAY, model=masked_model).lock()
+    room.data = {name: wordless(tmp_path, name) for name in tiny.DOMAINS}
+    first, second, third = tiny.DOMAINS
+    with room.coordinator() as (_, address):
+        workers = [room.join(address, name) for name in (first, second)]
+        over = PERIOD * DECIDED
+        wait_for(lambda: committed(address) >= over, "two probes are compared", 240.0)
+        late = room.join(address, third)
+        results = [worker.result() for worker in (*workers, late)]
+    assert_same_bits(room, results)
+    position = ledger.replay(ledger.read_file(room.export()))
+    assert position.elections.given_up == DECIDED
+    assert position.pool(len(position.closed)).basis is None
+    told = room.once("lr-coordinator", "diagnose", room.ledger)
+    assert told["subspace"]["given_up"] is True
+    assert "the run has given it up and goes on in full space" in " ".join(told["findings"])
+    assert_exported(room, results[0]["weights_digest"])

@@ -274,6 +274,55 @@ PRIVATE: Final = 'mode = "worker"'
             'subspace.weights = "int8"',
             'weights = "float"',
         ),
+        (
+            {
+                "subspace": 'kind = "coordinate"\nprobe = true',
+                "directions": "rotate_every = 4",
+                "estimator": 'kind = "one-sided"',
+            },
+            "subspace.probe compares curvatures",
+            'estimator.kind = "spsa"',
+        ),
+        (
+            {
+                "subspace": 'kind = "coordinate"\nprobe = true',
+                "directions": "rotate_every = 4",
+                "rounds": 'telemetry = "none"',
+            },
+            "subspace.probe needs the curvature",
+            'rounds.telemetry = "loss"',
+        ),
+        (
+            {
+                "subspace": 'kind = "coordinate"\nprobe = true',
+                "directions": 'rotate_every = 4\nmode = "own"',
+            },
+            "subspace.probe takes the noise",
+            'directions.mode = "shared"',
+        ),
+        (
+            {
+                "subspace": 'kind = "coordinate"\nprobe = true',
+                "directions": "rotate_every = 4",
+                "rounds": "quorum = 1",
+            },
+            "subspace.probe takes the noise",
+            "rounds.quorum of 2 or more",
+        ),
+        (
+            {
+                "subspace": 'kind = "coordinate"\nprobe = true',
+                "directions": "rotate_every = 4",
+                "codec": 'up = "sign"',
+            },
+            "subspace.probe takes the noise",
+            'a codec other than "sign"',
+        ),
+        (
+            {"subspace": 'kind = "coordinate"\nprobe = true', "directions": "rotate_every = 3"},
+            "subspace.probe takes errors",
+            "set subspace.refresh_every",
+        ),
     ],
     ids=[
         "privacy and loss",
@@ -321,6 +370,12 @@ PRIVATE: Final = 'mode = "worker"'
         "a state on momentum",
         "a state of local steps",
         "int8 folded too often",
+        "a probe without both losses",
+        "a probe without telemetry",
+        "a probe of own directions",
+        "a probe of one participant",
+        "a probe of signs",
+        "a probe of three rounds",
     ],
 )
 def test_settings_that_do_not_go_together(

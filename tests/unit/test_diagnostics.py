@@ -192,7 +192,7 @@ def test_a_restart_and_the_ledger_show_the_same(tmp_path: Path, checkpoint_every
     again.store.close()
     result = CliRunner().invoke(cli.app, ["diagnose", str(path), "--json"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.output) == show.figures(again.recent)
+    assert json.loads(result.output) == show.figures(again.recent, again.comparison)
     text = CliRunner().invoke(cli.app, ["diagnose", str(path)]).output
     assert "last 20 rounds, 640 scalars: " in text
     assert "signal-to-noise" in text

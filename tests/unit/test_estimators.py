@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 from tests import tiny
 
 from lorand.config import EstimatorKind, Quantisation
+from lorand.directions import Pool
 from lorand.errors import ConfigError
 from lorand.kernels.reference import buckets, signs
+from lorand.manifest import Manifest, TensorSpec
+from lorand.replica import CopyReplica
 from lorand_worker import data
 from lorand_worker.bench import Base, ModelBench, load_base, parse_device, task_for
 from lorand_worker.estimators import (
@@ -230,6 +233,47 @@ def test_passes_of_a_round(tiny_model: Path, kind: EstimatorKind) -> None:
     assert calls == {"spsa": 10, "one-sided": 6, "forward": 5}[kind]
 
 
+def test_the_curvature_that_directions_met(tiny_model: Path) -> None:
+    """By its definition, from the same losses and one more; scalars and loss stay what they are."""
+    made, calls = Made(tiny_model, "spsa", "name:^head"), 0
+    assert isinstance(made.estimator, Spsa)
+    indices, mu, losses = np.array([3, 77, 5]), 2.0**-9, []
+
+    def loss(batch: Sequence[int]) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        value = made.task.loss(batch)
+        losses.append(float(value))
+        return value
+
+    measured = made.estimator.measure_curvature(loss, BATCH, indices)
+    assert calls == 7
+    above, below, here = losses[0:6:2], losses[1:6:2], losses[6]
+    with torch.no_grad():
+        assert here == float(made.task.loss(BATCH))
+    expected = np.mean([(a + b - 2 * here) / mu**2 for a, b in zip(above, below, strict=True)])
+    assert measured.curvature == pytest.approx(expected)
+    plain = made.estimator.measure(made.task.loss, BATCH, indices)
+    assert plain.curvature is None
+    assert (plain.values.tolist(), plain.loss) == (measured.values.tolist(), measured.loss)
+
+
+def test_the_curvature_of_a_quadratic() -> None:
+    """zᵀHz in the units of an unscaled weight, whatever the direction's scale."""
+    module = torch.nn.Linear(4, 1, bias=False)
+    module.weight.data.zero_()
+    manifest = Manifest((TensorSpec("weight", (1, 4), "float32", 1),))
+    replica = CopyReplica.of(module, manifest, Pool((1, 2), POOL, 32))
+    config = tiny.config("spsa", estimator={"perturbation_scale": 2.0**-4})
+    bend = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    def loss(batch: Sequence[int]) -> torch.Tensor:
+        return 0.5 * (bend * module.weight[0] ** 2).sum() + module.weight.sum()
+
+    measured = Spsa(replica, config).measure_curvature(loss, [0], np.arange(5))
+    assert measured.curvature == pytest.approx(4 * 10.0)
+
+
 @pytest.mark.parametrize("kind", ZEROTH_ORDER)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("at", [0, 1])
@@ -299,6 +343,8 @@ def test_the_bench_puts_it_together(tiny_model: Path, tiny_data: dict[str, Path]
     bench.replica.set(coefficients)
     values: NDArray[np.float64] = bench.measure(Order(np.array([0, 9]))).values
     assert values.shape == (2,)
+    assert bench.measure(Order(np.array([0, 9]))).curvature is None
+    assert bench.measure(Order(np.array([0, 9]), curvature=True)).curvature is not None
     assert bench.score().examples == 160
     assert np.array_equal(bench.replica.coefficients, coefficients)
 

@@ -81,6 +81,16 @@ def test_the_owner_is_told_what_leaves() -> None:
     assert "mean loss of the batch and the number of local examples" in " ".join(
         guard.disclosure(more)
     )
+    probed = config_of(
+        directions={"rotate_every": 4}, subspace={"kind": "coordinate", "probe": True}
+    )
+    assert "the batch and its mean curvature along these directions." in " ".join(
+        guard.disclosure(probed)
+    )
+    all_of_it = probed.model_copy(update={"rounds": more.rounds})
+    assert "batch, its mean curvature along these directions and the number of" in " ".join(
+        guard.disclosure(all_of_it)
+    )
     least = config_of(rounds={"telemetry": "none"})
     assert "Nothing else goes with it." in guard.disclosure(least)
 

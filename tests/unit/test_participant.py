@@ -1,5 +1,6 @@
 """A worker's part in the protocol: entries in, contributions out (DESIGN §3)."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -33,6 +34,7 @@ class Stand:
         self.values = values
         self.adopted: list[Coefficients] = []
         self.measured: list[Indices] = []
+        self.curvature: list[bool] = []
 
     def adopt(self, position: Position) -> None:
         """See Bench."""
@@ -41,9 +43,10 @@ class Stand:
     def measure(self, order: Order) -> Measurement:
         """See Bench."""
         self.measured.append(order.indices)
+        self.curvature.append(order.curvature)
         if np.isnan(self.values).any():
             raise NonFiniteLoss("the loss of this batch is nan")
-        return Measurement(self.values, 0.5)
+        return Measurement(self.values, 0.5, curvature=3.5 if order.curvature else None)
 
 
 def started(
@@ -92,6 +95,26 @@ def test_only_what_the_run_asks_for_is_sent_with_it() -> None:
     request = participant.on_round_start(wire.RoundStart(round_index=1))
     assert not request.contribution.HasField("loss")
     assert request.contribution.examples == 11
+
+
+def test_curvature_goes_along_while_the_run_probes() -> None:
+    """Until the ledger says that the subspace was given up."""
+    config = config_of(
+        run={"rounds": 40},
+        directions={"rotate_every": 4},
+        subspace={"kind": "coordinate", "rank": 1, "probe": True},
+    )
+    participant, bench = started(config)
+    first = participant.on_round_start(wire.RoundStart(round_index=1)).contribution
+    assert (bench.curvature, first.curvature) == ([True], 3.5)
+    given_up = replace(participant.position.elections, given_up=1)
+    participant.position = replace(participant.position, elections=given_up)
+    later = participant.on_round_start(wire.RoundStart(round_index=2)).contribution
+    assert bench.curvature == [True, False]
+    assert not later.HasField("curvature")
+    plain, bench = started()
+    plain.on_round_start(wire.RoundStart(round_index=1))
+    assert bench.curvature == [False]
 
 
 def test_asked_again_it_repeats_its_answer() -> None:

@@ -22,6 +22,16 @@ CPU = torch.device("cpu")
         ("spsa", {"estimator": {"perturbation_scale": 0.001}}, 3.0, "bfloat16", "as fast"),
         ("spsa", {"estimator": {"perturbation_scale": 0.0005}}, 3.0, "float32", "drown"),
         ("spsa", {}, 0.1, "float32", "0.1 times as fast"),
+        (
+            "spsa",
+            {
+                "directions": {"rotate_every": 4},
+                "subspace": {"kind": "coordinate", "probe": True},
+            },
+            3.0,
+            "float32",
+            "compares curvatures",
+        ),
     ],
 )
 def test_auto(

@@ -1,1 +1,1 @@
-"""Differential privacy: what noise does (`mechanism`), and what it costs (`accountant`)."""
+"""What keeps one example, and one worker, from being read out of what is released."""

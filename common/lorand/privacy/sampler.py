@@ -11,6 +11,9 @@ seeded would be public with them.
 import secrets
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
 Below = Callable[[int], int]
 """A number from 0 to n − 1, all alike likely: `secrets.randbelow`, another source in tests only."""
 
@@ -50,12 +53,18 @@ def laplace(scale: int, below: Below = secrets.randbelow) -> int:
             return -magnitude if negative else magnitude
 
 
-def gaussian(sigma: int, below: Below = secrets.randbelow) -> int:
-    """Return x with probability ∝ exp(−x²/2σ²), sigma = σ a positive integer (algorithm 3)."""
-    around = sigma + 1
-    square = sigma * sigma
+def gaussian(sigma: int, below: Below = secrets.randbelow, *, denominator: int = 1) -> int:
+    """Return x with probability ∝ exp(−x²/2σ²), σ = sigma/denominator > 0 (algorithm 3)."""
+    around = sigma // denominator + 1
+    square, unit = sigma * sigma, denominator * denominator * around
     while True:
         candidate = laplace(around, below)
-        away = abs(candidate) * around - square
-        if bernoulli_exp(away * away, 2 * square * around * around, below):
+        away = abs(candidate) * unit - square
+        if bernoulli_exp(away * away, 2 * square * unit * around, below):
             return candidate
+
+
+def gaussians(std: float, count: int) -> NDArray[np.int64]:
+    """Return so many discrete Gaussians of exactly this standard deviation: `shared_noise`'s."""
+    sigma, denominator = std.as_integer_ratio()
+    return np.array([gaussian(sigma, denominator=denominator) for _ in range(count)], np.int64)

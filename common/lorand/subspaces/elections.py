@@ -43,6 +43,10 @@ class Elections:
             return ranked
         return [tid for tid in ranked if tid not in self.lazy or self.lazy[tid].due(period)]
 
+    def probing(self, config: "RunConfig") -> bool:
+        """Return whether participants still measure what tells whether the subspace pays."""
+        return config.subspace.probe and self.given_up is None
+
     def after(
         self, config: "RunConfig", manifest: Manifest, committed: int, commit: pb.Commit
     ) -> "Elections":
