@@ -115,6 +115,7 @@ def test_steps_of_one_direction_are_fedkseeds() -> None:
     for number, k in enumerate(indices.tolist()):
         plain.replica.set(a)
         g = plain.work.do(plain.loss, plain.batch, Order(np.array([k])), 20)
+        assert g.loss is not None
         losses.append(g.loss)
         a = a.copy()
         a[k] += round(-0.01 * g.values[0] / QUANTUM)

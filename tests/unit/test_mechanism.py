@@ -22,6 +22,7 @@ from lorand.codec import Codec, Floats
 from lorand.privacy import sampler
 from lorand.privacy.accountant import Noise
 from lorand.privacy.mechanism import GRID, Mechanism, clip
+from lorand.privacy.shared_noise import LocalNoise
 
 Draw = Callable[[int, sampler.Below], int]
 
@@ -167,6 +168,24 @@ def test_samples_have_the_distribution(draw: Draw, scale: int) -> None:
     observed += [sum(n for x, n in seen.items() if s * x > 2 * scale) for s in (-1, 1)]
     wanted = [count * p for p in (*expected.values(), tail, tail)]
     assert stats.chisquare(observed, wanted, sum_check=False).pvalue > 1e-3
+
+
+def test_a_deviation_may_be_a_fraction() -> None:
+    """As shares of a sum have them: here σ = 5/2."""
+    count, source = 6000, below(1)
+    seen = Counter(sampler.gaussian(5, source, denominator=2) for _ in range(count))
+    weights = {x: math.exp(-x * x / 12.5) for x in range(-100, 101)}
+    total = sum(weights.values())
+    observed, wanted = [], []
+    for part in (range(-100, -3), *([x] for x in range(-3, 4)), range(4, 101)):
+        observed.append(sum(seen[x] for x in part))
+        wanted.append(count * sum(weights[x] for x in part) / total)
+    assert stats.chisquare(observed, wanted, sum_check=False).pvalue > 1e-3
+
+
+def test_shares_of_a_secure_sum_are_drawn_here() -> None:
+    share = LocalNoise(90.5 + 2.0**-16, 8).draw(sampler.gaussians, 500)
+    assert share.std() == pytest.approx(90.5, rel=0.15)
 
 
 @pytest.mark.parametrize(("draw", "variance"), [(sampler.gaussian, 1.0), (sampler.laplace, 2.0)])
