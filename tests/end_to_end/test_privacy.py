@@ -7,6 +7,7 @@ from tests import tiny
 from tests.commands import MakeRoom, Room
 
 from lorand import ledger
+from lorand.config import EstimatorKind
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator.store import SqliteStore
 from lorand_worker import budget
@@ -15,9 +16,9 @@ NAMES: Final = ("hotels", "gadgets", "restaurants")
 ROUNDS: Final = 6
 
 
-def settings(**privacy: Any) -> tiny.Settings:
+def settings(kind: EstimatorKind = "one-sided", **privacy: Any) -> tiny.Settings:
     made: tiny.Settings = tiny.settings(
-        "one-sided",
+        kind,
         run={"rounds": ROUNDS},
         estimator={"directions_per_round": 4, "batch_size": 16},
         rounds={"quorum": 3, "start_with": 3, "deadline_s": 60.0, "telemetry": "none"},
@@ -87,8 +88,11 @@ def test_a_private_run_and_what_it_spends(make_room: MakeRoom) -> None:
 
 
 def test_pure_epsilon_and_its_refusals(make_room: MakeRoom) -> None:
-    """Without the library: Laplace noise has a closed form."""
-    room = make_room(settings(mechanism="laplace", delta=0.0, target_epsilon=2.0)).lock()
+    """Of first-order sketches, one an example, in one bit; Laplace noise has a closed form."""
+    laplace = {"mechanism": "laplace", "delta": 0.0, "target_epsilon": 2.0}
+    content = settings("backprop", **laplace)
+    content["codec"] = {"up": "sign", "down": "sign"}
+    room = make_room(content).lock()
     with room.coordinator() as (_, address):
         arguments = room.join_arguments(address, "hotels")[:-2]
         state = ("--state", room.folder / "elsewhere")
