@@ -74,8 +74,7 @@ class CoordinateSteps(_ProjectedSteps):
     is reported as γ = Zᵀ D / K.
 
     Up to K coordinates are in different buckets of the pool, so that Z γ is D exactly for K ≥ q.
-    Beyond, q/K of them share one: E[Z γ] is D still, with q/K as much squared length. Noise that
-    is spread out does less harm than a shorter step, so it is not scaled down to the least error.
+    Beyond, q/K of them share one: E[Z γ] is D still, with q/K as much squared length.
     """
 
     def __init__(self, config: RunConfig, replica: SubspaceReplica) -> None:
