@@ -74,8 +74,7 @@ class CoordinateSteps(_ProjectedSteps):
     is reported as γ = Zᵀ D / K.
 
     Up to K coordinates are in different buckets of the pool, so that Z γ is D exactly for K ≥ q.
-    Beyond, q/K of them share one: E[Z γ] is D still, with q/K as much squared length. The factor of
-    least square error, 1/q, learns more slowly: `experiments/results/subspaces.md`.
+    Beyond, q/K of them share one: E[Z γ] is D still, with q/K as much squared length.
     """
 
     def __init__(self, config: RunConfig, replica: SubspaceReplica) -> None:
