@@ -53,6 +53,7 @@ def taken_part(room: Room, *arguments: object) -> list[dict[str, Any]]:
                 worker.kill()
 
 
+@pytest.mark.slow
 def test_a_private_run_and_what_it_spends(make_room: MakeRoom) -> None:
     room = make_room(settings(target_epsilon=3.0)).lock()
     results = taken_part(room, "--require-privacy", "--max-epsilon", "3")

@@ -306,6 +306,7 @@ def test_a_run_that_rotates_is_followed_measured_and_exported(make_room: MakeRoo
     assert np.array_equal(loaded.coefficients, position.coefficients)
 
 
+@pytest.mark.slow
 def test_workers_of_a_quantised_run(make_room: MakeRoom) -> None:
     """Dequantised whole or layer by layer: one base, one history, one digest."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

@@ -45,6 +45,7 @@ def test_golden_values(
 @pytest.mark.parametrize(
     ("target", "multiplier"), [(0.5, 2.3823), (1, 1.4147), (2, 0.9592), (4, 0.7348), (8, 0.5863)]
 )
+@pytest.mark.slow
 def test_golden_multipliers(target: float, multiplier: float) -> None:
     found = calibrated(gaussian(0.01, 1.0), 1000, target, DELTA)
     assert found.multiplier == pytest.approx(multiplier, abs=1e-3)
@@ -59,6 +60,7 @@ def test_golden_multipliers(target: float, multiplier: float) -> None:
         (Release("gaussian", 1.0, 0.05, cap=12, examples=150), 50, 4.0),  # and for too little
     ],
 )
+@pytest.mark.slow
 def test_no_more_noise_than_the_target_takes(release: Release, times: int, target: float) -> None:
     found = calibrated(release, times, target, DELTA)
     assert epsilon(found, times, DELTA) <= target
@@ -67,12 +69,14 @@ def test_no_more_noise_than_the_target_takes(release: Release, times: int, targe
 
 
 @pytest.mark.parametrize(("cap", "expected"), [(13, 7.57), (20, 3.834), (30, 1.8285)])
+@pytest.mark.slow
 def test_a_cap_on_the_batch_costs_unless_it_is_far_away(cap: int, expected: float) -> None:
     """T3: at three times the mean it is free."""
     release = Release("gaussian", 1.0, 0.01, cap=cap, examples=1000)
     assert epsilon(release, 1000, DELTA) == pytest.approx(expected, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_fewer_examples_than_the_cap_assumes_cost_no_more() -> None:
     """The number of examples is private: what is assumed of it is an upper bound."""
     spent = [
