@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
 from tests import tiny
 from tests.commands import MakeRoom, Room
 
