@@ -19,8 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## One coordinator and three workers on this machine; ends with a table.
 	$(BIN)/python -m deploy.demo
 
-test: install ## The unmarked tests; add ARGS='-m slow' and the like.
-	$(BIN)/pytest $(ARGS)
+test: install ## The unmarked tests, two at a time; with ARGS='-m slow' and the like others, in turn.
+	$(BIN)/pytest $(or $(ARGS),-n 2 --dist loadfile)
 
 check: install proto-check ## Everything CI checks, without changing a file.
 	$(BIN)/ruff format --check
