@@ -132,19 +132,6 @@ def test_columns_by_index_leave_all_others_alone() -> None:
     assert part.kept_bytes < base.nbytes
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_what_columns_leave_out_is_the_rest(shape: tuple[int, int]) -> None:
-    part = lifted_on("coordinate", spec_of(shape, exponent=0))
-    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    inside, rest = part.gather(gradient), part.rest(gradient)
-    assert inside.numel() + rest.numel() == gradient.numel()
-    again = part.lifted(inside)
-    outside = gradient - again
-    assert torch.equal(
-        outside[outside != 0].sort().values, rest[rest != 0].reshape(-1).sort().values
-    )
-
-
 @given(st.integers(0, 2**32 - 1), st.sampled_from(SHAPES), st.integers(-60, 60))
 def test_the_cosine_lift_is_exact_in_rational_numbers(
     seed: int, shape: tuple[int, int], power: int

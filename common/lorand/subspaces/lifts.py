@@ -68,13 +68,6 @@ class Lift(ABC):
     def kept_bytes(self) -> int:
         """Memory that the lift keeps beside the live weights."""
 
-    def rest(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the coordinates of a gradient outside of the subspace, (m, n − r) or (n − r, m).
-
-        Raises NotImplementedError where they are no part of the gradient's own numbers.
-        """
-        raise NotImplementedError
-
 
 class Full(Lift):
     """A tensor that is its own coordinates."""
@@ -135,12 +128,6 @@ class Coordinate(Lift):
     def gather(self, gradient: torch.Tensor) -> torch.Tensor:
         """See Lift."""
         return gradient.index_select(self._side, self._indices).float()
-
-    def rest(self, gradient: torch.Tensor) -> torch.Tensor:
-        """See Lift."""
-        outside = torch.ones(length(self.spec), dtype=torch.bool, device=gradient.device)
-        outside[self._indices] = False
-        return gradient.index_select(self._side, outside.nonzero().squeeze(1))
 
     @property
     def kept_bytes(self) -> int:
