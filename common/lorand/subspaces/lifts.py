@@ -6,7 +6,7 @@ and one rounding an operation follow, so that no order of summation can change a
 """
 
 from abc import ABC, abstractmethod
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch
 from lorand.manifest import TensorSpec
 from lorand.subspaces import cosines
 from lorand.subspaces.basis import Basis, coordinates_shape, length, side
+from lorand.subspaces.int8 import Int8
 
 GRID_BITS = 22
 """Of a coordinate before it is multiplied by cosines, relative to the tensor's largest: a sum over
@@ -24,22 +25,11 @@ times as long, and smaller tiles have threads wait for each other more often (`t
 benchmarks/results/subspace_forward.json)."""
 
 
-class Stored(Protocol):
-    """Base weights that are kept in another form than a layer computes with."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of that form."""
-
-    def dense(self) -> torch.Tensor:
-        """Return the weights; made anew at each call."""
-
-
 class Lift(ABC):
     """w = cast(fl32(fl32(w0) + 2^s · lift(U))) for one tensor and its coordinates U.
 
     The base weights are those that the live tensor holds when a lift is made or bound anew. Where
-    they are `stored` in another form, it is kept instead of a copy.
+    they are `stored` in 8 bits, that is kept instead of a copy.
     """
 
     def __init__(self, live: torch.Tensor, spec: TensorSpec) -> None:
@@ -48,7 +38,7 @@ class Lift(ABC):
         self.factor = 2.0**spec.scale_exponent
 
     @abstractmethod
-    def bind(self, stored: Stored | None = None) -> None:
+    def bind(self, stored: Int8 | None = None) -> None:
         """Have the weights that the live tensor holds now for the base."""
 
     @abstractmethod
@@ -72,12 +62,12 @@ class Lift(ABC):
 class Full(Lift):
     """A tensor that is its own coordinates."""
 
-    def __init__(self, live: torch.Tensor, spec: TensorSpec, stored: Stored | None = None) -> None:
+    def __init__(self, live: torch.Tensor, spec: TensorSpec, stored: Int8 | None = None) -> None:
         """Keep the base weights."""
         super().__init__(live, spec)
         self._base = _Base(live, stored)
 
-    def bind(self, stored: Stored | None = None) -> None:
+    def bind(self, stored: Int8 | None = None) -> None:
         """See Lift."""
         self._base.follow(self.live, stored)
 
@@ -111,7 +101,7 @@ class Coordinate(Lift):
         self._indices = torch.from_numpy(np.array(indices)).to(live.device)
         self.bind()
 
-    def bind(self, stored: Stored | None = None) -> None:
+    def bind(self, stored: Int8 | None = None) -> None:
         """See Lift."""
         self._base = self.live.index_select(self._side, self._indices)
 
@@ -148,7 +138,7 @@ class Cosine(Lift):
         spec: TensorSpec,
         tid: int,
         basis: Basis,
-        stored: Stored | None = None,
+        stored: Int8 | None = None,
     ) -> None:
         """Keep the base weights, and take the basis C: shape (rank, n), integers below 2^21."""
         super().__init__(live, spec)
@@ -161,7 +151,7 @@ class Cosine(Lift):
         self._shape = coordinates_shape(spec)
         self._base = _Base(live, stored)
 
-    def bind(self, stored: Stored | None = None) -> None:
+    def bind(self, stored: Int8 | None = None) -> None:
         """See Lift."""
         self._base.follow(self.live, stored)
 
@@ -224,12 +214,12 @@ class Cosine(Lift):
 class _Base:
     """Base weights: a copy, or what they are stored as."""
 
-    def __init__(self, live: torch.Tensor, stored: Stored | None) -> None:
-        self._held: torch.Tensor | Stored = (
+    def __init__(self, live: torch.Tensor, stored: Int8 | None) -> None:
+        self._held: torch.Tensor | Int8 = (
             live.clone(memory_format=torch.contiguous_format) if stored is None else stored
         )
 
-    def follow(self, live: torch.Tensor, stored: Stored | None) -> None:
+    def follow(self, live: torch.Tensor, stored: Int8 | None) -> None:
         if stored is not None:
             self._held = stored
         elif isinstance(self._held, torch.Tensor):
@@ -248,7 +238,7 @@ def lift(
     spec: TensorSpec,
     tid: int,
     basis: Basis | None,
-    stored: Stored | None = None,
+    stored: Int8 | None = None,
 ) -> Lift:
     """Return the lift of a tensor: on a basis, or whole where it has none."""
     if basis is None or not spec.rank:
