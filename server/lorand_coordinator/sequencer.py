@@ -223,8 +223,7 @@ class Sequencer:
 
     def findings(self) -> list[diagnostics.Finding]:
         """Return what the run's scalars tell, warnings first."""
-        found = [*self.recent.findings(), *payoff.findings(self.config, self.comparison)]
-        return sorted(found, key=lambda finding: not finding.warning)
+        return payoff.told(self.recent, self.comparison)
 
     def tail(self, start: int) -> list[bytes]:
         """Return the entries from a sequence on."""
