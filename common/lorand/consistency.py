@@ -153,14 +153,13 @@ def _taken(config: "RunConfig") -> Refusals:
 def _subspace(config: "RunConfig") -> Refusals:
     """Subspaces, and when they are chosen anew."""
     section, rotate = config.subspace, config.directions.rotate_every
-    shared = section.kind in ("coordinate", "dct")
     yield (
         section.kind == "svd" and config.local.space != "weights",
         'subspace.kind = "svd" is a worker\'s own basis, from gradients of its local steps: set '
         'local.space = "weights" with estimator.kind = "backprop", or kind = "coordinate" or "dct"',
     )
     yield (
-        section.selection == "voted" and not shared,
+        section.selection == "voted" and not section.restricts,
         'subspace.selection = "voted" elects columns: set subspace.kind = "coordinate" or "dct"',
     )
     yield (
@@ -175,7 +174,11 @@ def _subspace(config: "RunConfig") -> Refusals:
     )
     yield (
         section.weights != "float"
-        and (not shared or section.state != "none" or section.refresh_every not in (0, rotate)),
+        and (
+            not section.restricts
+            or section.state != "none"
+            or section.refresh_every not in (0, rotate)
+        ),
         f'subspace.weights = "{section.weights}" rounds matrices once a subspace: set '
         'subspace.kind = "coordinate" or "dct", state = "none", and refresh_every = '
         'directions.rotate_every; or weights = "float"',
@@ -187,7 +190,9 @@ def _subspace(config: "RunConfig") -> Refusals:
     )
     yield (
         section.probe
-        and not (shared and rotate > 0 and section.state == "none" and not config.local.taken),
+        and not (
+            section.restricts and rotate > 0 and section.state == "none" and not config.local.taken
+        ),
         "subspace.probe compares scalars of the subspace with some of full space: that needs a "
         'subspace.kind of "coordinate" or "dct", directions.rotate_every, subspace.state = "none" '
         "and no local steps; or set probe = false",
@@ -233,7 +238,7 @@ def _state(config: "RunConfig") -> Refusals:
     kept = section.state != "none"
     name = f'subspace.state = "{section.state}"'
     yield (
-        kept and not (section.kind in ("coordinate", "dct") and section.selection == "drawn"),
+        kept and not (section.restricts and section.selection == "drawn"),
         f'{name} is kept in subspaces that are drawn: set subspace.kind = "coordinate" or "dct" '
         'and selection = "drawn"',
     )
