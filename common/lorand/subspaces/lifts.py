@@ -13,7 +13,7 @@ import torch
 
 from lorand.manifest import TensorSpec
 from lorand.subspaces import cosines
-from lorand.subspaces.basis import Basis, coordinates_shape, length, side
+from lorand.subspaces.basis import Basis, Indices, length, side
 from lorand.subspaces.int8 import Int8
 
 GRID_BITS = 22
@@ -92,9 +92,7 @@ class Full(Lift):
 class Coordinate(Lift):
     """Columns (or rows) of a matrix; all others stay as they are and are not copied."""
 
-    def __init__(
-        self, live: torch.Tensor, spec: TensorSpec, indices: np.ndarray[tuple[int], np.dtype]
-    ) -> None:
+    def __init__(self, live: torch.Tensor, spec: TensorSpec, indices: Indices) -> None:
         """Copy these columns."""
         super().__init__(live, spec)
         self._side = side(spec)
@@ -148,7 +146,6 @@ class Cosine(Lift):
             rows *= basis.signs[tid]
         self._rows = torch.from_numpy(rows).to(live.device)
         self._exponent = cosines.exponent(n) - cosines.BITS
-        self._shape = coordinates_shape(spec)
         self._base = _Base(live, stored)
 
     def bind(self, stored: Int8 | None = None) -> None:
