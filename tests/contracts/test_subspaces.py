@@ -353,6 +353,8 @@ def test_the_integer_cosines_are_the_cosines() -> None:
     for n in (8, 33, 384):
         floats = cosines.matrix(n) / np.sqrt(2 / n) * 2**cosines.BITS
         assert np.abs(cosines.table(n) - floats).max() <= 0.5 + 1e-6
+        some = np.array([0, 3, n - 1])
+        assert np.array_equal(cosines.rows(n, some), cosines.table(n)[some])
         gram = cosines.table(n).astype(np.float64) @ cosines.table(n).T / 2.0 ** (2 * cosines.BITS)
         assert np.abs(gram * 2 / n - np.eye(n)).max() < 1e-5
         assert 2**-0.5 <= 2.0 ** cosines.exponent(n) / np.sqrt(2 / n) <= 2**0.5

@@ -141,7 +141,7 @@ class Cosine(Lift):
         """Keep the base weights, and take the basis C: shape (rank, n), integers below 2^21."""
         super().__init__(live, spec)
         self._side, n = side(spec), length(spec)
-        rows = cosines.table(n)[basis.indices[tid]].astype(np.float32)
+        rows = cosines.rows(n, basis.indices[tid]).astype(np.float32)
         if tid in basis.signs:
             rows *= basis.signs[tid]
         self._rows = torch.from_numpy(rows).to(live.device)
