@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from lorand.privacy.roster import MAX_MEMBERS, MIN_MEMBERS
+
 if TYPE_CHECKING:
     from lorand.config import RunConfig
 
@@ -22,6 +24,7 @@ def refusals(config: "RunConfig") -> Refusals:
         _subspace(config),
         _state(config),
         _private(config),
+        _summed(config),
         _run(config),
     )
 
@@ -310,6 +313,41 @@ def _private(config: "RunConfig") -> Refusals:
         section.batch_cap > 0 and section.mechanism == "laplace",
         'what a privacy.batch_cap costs is known for mechanism = "gaussian" alone: set '
         "privacy.batch_cap = 0 and max_examples = 0",
+    )
+
+
+def _summed(config: "RunConfig") -> Refusals:
+    """What cannot be done with the sum of all participants alone."""
+    section, rounds = config.privacy, config.rounds
+    name, secure = f'privacy.mode = "{section.mode}"', section.mode == "secure-sum"
+    yield (
+        section.summed and config.directions.mode == "own",
+        f"{name} sums what all measured along the same directions: set directions.mode = "
+        '"shared", or privacy.mode = "worker"',
+    )
+    yield (
+        section.summed and rounds.aggregation == "majority",
+        f'{name} knows nobody\'s sign: set rounds.aggregation = "mean", or privacy.mode = "worker"',
+    )
+    yield (
+        secure and section.mechanism == "laplace",
+        "shares of Laplace noise do not add up to Laplace noise: with privacy.mode = "
+        '"secure-sum" set privacy.mechanism = "gaussian"',
+    )
+    yield (
+        secure and not MIN_MEMBERS <= rounds.quorum <= MAX_MEMBERS,
+        f"a secure sum has {MIN_MEMBERS} to {MAX_MEMBERS} members: set rounds.quorum to the "
+        "fewest that may be summed",
+    )
+    yield (
+        secure and not 0 < section.honest_min <= rounds.quorum,
+        "privacy.honest_min is how many members' noise has to suffice, whatever the others do: "
+        f"set it to 1 to {rounds.quorum} (rounds.quorum); the smaller, the more noise",
+    )
+    yield (
+        not secure and section.honest_min > 0,
+        'privacy.honest_min is for shares of noise: set privacy.mode = "secure-sum", or '
+        "honest_min = 0",
     )
 
 

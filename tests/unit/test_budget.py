@@ -66,11 +66,15 @@ class Noise:
         """See Bench."""
 
     def measure(self, order: Order) -> Measurement:
+        """What is measured without noise is not for a private run."""
+        raise AssertionError
+
+    def release(self, indices: Indices) -> Integers:
         """See Bench."""
         self.measured += 1
         if self.fails:
-            raise NonFiniteLoss("the loss of this batch is nan")
-        return Measurement(np.array([1.0, -1.0, 0.0]) * next(self.numbers) / 64, None)
+            raise LorandError("the model is gone")
+        return np.array([GRID, -GRID, 0]) * next(self.numbers)
 
 
 class Life:

@@ -16,6 +16,8 @@ from tests.runs import IDENTITY, config_of
 from lorand import codec, ledger
 from lorand.codec import Codec, Floats
 from lorand.config import RunConfig
+from lorand.privacy.mechanism import Integers
+from lorand.directions import Indices
 from lorand.errors import ContributionError, LorandError
 from lorand.ledger import Position
 from lorand.v1 import coordination_pb2 as wire
@@ -94,6 +96,10 @@ class Walk:
         """See Bench."""
         self.measured += 1
         return Measurement(self.values * (1 + 0.1 * self.measured), 0.5)
+
+    def release(self, indices: Indices) -> Integers:
+        """No test of these is of a private run."""
+        raise NotImplementedError
 
 
 class Life:

@@ -21,7 +21,7 @@ from lorand.ledger import Position
 from lorand.manifest import Identity
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
-from lorand_coordinator import optimizer
+from lorand_coordinator import folding, optimizer
 from lorand_coordinator.rounds import State
 from lorand_coordinator.sequencer import Message, Outgoing, Sequencer
 from lorand_coordinator.store import SqliteStore, StoreUnavailable
@@ -386,7 +386,7 @@ def test_what_is_committed_is_the_optimizers_step(busy: Room) -> None:
         entry = ledger.parse(body)
         if entry.HasField("commit"):
             stored = stored_contributions(busy, entry.sequence)
-            reports = busy.sequencer._reports(stored, 0)
+            reports = folding.reports(busy.config, stored, 0)
             assert entry.commit.scale_exponent == state.scale_exponent
             state, update = optimizer.advance(
                 busy.config, OURS.draws, state, entry.round_index, reports
