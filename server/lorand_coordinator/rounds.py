@@ -229,9 +229,6 @@ def _appended(settings: Settings, state: State, now: float) -> State:
         return replace(state, phase="finished")
     # Workers that all sit out at once would else fill the ledger with abandoned rounds.
     rest_until = now + settings.commit_retry_s if isinstance(done, Abandon) else 0.0
-    late = state.late
-    if settings.all_or_nothing and isinstance(done, Abandon):
-        late |= state.participants - state.contributions.keys()
     return replace(
         state,
         phase="selection",
@@ -242,7 +239,6 @@ def _appended(settings: Settings, state: State, now: float) -> State:
         participants=frozenset(),
         contributions={},
         skipped=frozenset(),
-        late=late,
     )
 
 
@@ -257,7 +253,7 @@ def _advance(settings: Settings, state: State, now: float) -> tuple[State, tuple
         if state.committed >= settings.rounds:
             return _append(state, Finish(state.committed))
         present = state.members - state.late
-        if len(present) >= _needed(settings, state) and now >= state.rest_until:
+        if _missing(settings, state) <= 0 and now >= state.rest_until:
             state = replace(
                 state,
                 phase="reporting",
@@ -299,6 +295,8 @@ def _judge_whole(state: State, late: bool) -> tuple[State, tuple[Effect, ...]]:
     if late or gone:
         who = ", ".join(map(str, sorted(gone or missing)))
         why = f"the sum of {len(state.participants)} participants is nothing without worker {who}"
+        if late:
+            state = replace(state, late=state.late | missing - state.skipped)
         return _append(state, Abandon(state.round_index, why))
     return state, ()
 
@@ -307,8 +305,10 @@ def _append(state: State, entry: Append) -> tuple[State, tuple[Effect, ...]]:
     return replace(state, phase="committing", pending=entry), (entry,)
 
 
-def _needed(settings: Settings, state: State) -> int:
-    return max(settings.quorum, settings.start_with if state.committed == 0 else 0)
+def _missing(settings: Settings, state: State) -> int:
+    """Return how many workers more a round may begin with; who is late counts for start_with."""
+    first = settings.start_with if state.committed == 0 else 0
+    return max(first - len(state.members), settings.quorum - len(state.members - state.late))
 
 
 def reason(settings: Settings, state: State, now: float) -> str:
@@ -326,7 +326,7 @@ def reason(settings: Settings, state: State, now: float) -> str:
         doing = "abandoning" if isinstance(state.pending, Abandon) else "committing"
         return f"{doing} round {state.round_index}"
     if state.phase == "selection":
-        missing = _needed(settings, state) - len(state.members - state.late)
+        missing = _missing(settings, state)
         if missing <= 0:
             wait = max(0.0, state.rest_until - now)
             return f"resting after an abandoned round, for {wait:.0f} s"

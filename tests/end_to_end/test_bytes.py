@@ -14,9 +14,9 @@ from tests.runs import IDENTITY, hello
 
 from lorand import ledger
 from lorand.config import RunConfig
-from lorand.privacy.mechanism import Integers
 from lorand.directions import Indices
 from lorand.ledger import Position
+from lorand.privacy.mechanism import Integers
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import status_pb2
 from lorand_coordinator.sequencer import Outgoing, Sequencer

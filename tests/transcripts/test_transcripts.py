@@ -77,6 +77,8 @@ def event_of(command: str, words: list[str]) -> rounds.Event:
             return rounds.Tick()
         case "appended", []:
             return rounds.Appended()
+        case "unsound", why:
+            return rounds.Unsound(" ".join(why))
         case "append-failed", why:
             return rounds.AppendFailed(" ".join(why))
     raise AssertionError(f"no such command: {command} {words}")

@@ -16,10 +16,10 @@ from tests.runs import IDENTITY, config_of
 from lorand import codec, ledger
 from lorand.codec import Codec, Floats
 from lorand.config import RunConfig
-from lorand.privacy.mechanism import Integers
 from lorand.directions import Indices
 from lorand.errors import ContributionError, LorandError
 from lorand.ledger import Position
+from lorand.privacy.mechanism import Integers
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator.aggregation import report

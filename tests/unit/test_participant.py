@@ -12,9 +12,9 @@ from lorand.codec import Floats
 from lorand.coefficients import Coefficients
 from lorand.config import RunConfig
 from lorand.directions import Indices
-from lorand.privacy.mechanism import Integers
 from lorand.errors import LedgerError, LorandError
 from lorand.ledger import Position
+from lorand.privacy.mechanism import Integers
 from lorand.v1 import coordination_pb2 as wire
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.store import SqliteStore
