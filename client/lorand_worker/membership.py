@@ -43,17 +43,6 @@ def read_key(path: Path) -> IdentityKey:
         ) from error
 
 
-def read_roster(path: Path) -> Roster:
-    """Return the roster of a file. Raises ConfigError when there is none."""
-    try:
-        return Roster.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read the roster {path}: {error}; write it with `lr-worker sum roster {path} "
-            "NAME=KEY ...`"
-        ) from error
-
-
 def write_roster(path: Path, members: Iterable[str]) -> Roster:
     """Write the roster of these `NAME=KEY`, the keys in hexadecimal. Raises ConfigError."""
     keys: dict[str, bytes] = {}
@@ -101,7 +90,7 @@ def member_of(
             f"the run sums {quorum} members or more, this worker wants at least "
             f"{pinned.min_members}; join with a smaller --min-members if that is right"
         )
-    roster, key = read_roster(pinned.roster), read_key(pinned.key)
+    roster, key = Roster.read(pinned.roster), read_key(pinned.key)
     member = SumMember(
         key,
         roster,

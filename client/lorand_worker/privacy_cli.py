@@ -52,9 +52,10 @@ def roster(
     json_output: Json = False,
 ) -> None:
     """Write or read a roster, and print its digest: members compare it with each other."""
+    from lorand.privacy.roster import Roster
     from lorand_worker import membership
 
-    found = membership.write_roster(path, members) if members else membership.read_roster(path)
+    found = membership.write_roster(path, members) if members else Roster.read(path)
     digest = found.digest().hex()
     result = {"digest": digest, "members": {name: public.hex() for name, public in found.members}}
     lines = [f"{name}  {public.hex()}" for name, public in found.members]

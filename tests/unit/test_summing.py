@@ -1,6 +1,8 @@
 """Runs of which only the noisy sum is kept: central noise, and secure sums, round by round."""
 
 import random
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,7 +20,7 @@ from lorand.errors import ContributionError, HandshakeError, LorandError
 from lorand.ledger import Position
 from lorand.privacy import accountant, plan
 from lorand.privacy.mechanism import GRID, Integers
-from lorand.privacy.secure_sum import IdentityKey, Roster, SumMember
+from lorand.privacy.secure_sum import IdentityKey, Roster, SumMember, masked_bytes
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator.masked import SecureSum
@@ -260,6 +262,8 @@ def test_the_ledger_holds_the_noisy_mean_and_nobodys_own(
             assert 0 < np.abs(away).max() < 8 * noise
     charged = [budgets.read(life.budget.path).charged for life in party.lives]
     assert charged == [6, 6, 6]
+    sizes = {len(request.SerializeToString()) for _, request in party.log}
+    assert max(sizes) <= 16 + (8 * 3 if mode == "central" else masked_bytes(3))
     heads = {life.participant.position.head for life in party.lives}
     assert heads == {party.sequencer.store.head()}
 
@@ -612,3 +616,13 @@ def test_random_losses_and_restarts_end_with_equal_ledgers(make: Callable[..., P
         assert len(set(by_round.values())) == len(by_round)
         charged = max(life.budget.account.charged for life in party.lives if life.name == name)
         assert charged == len(by_round)
+
+
+def test_a_coordinator_needs_no_extra_for_runs_without_sums() -> None:
+    """It is installed without the libraries that count epsilon and that mask."""
+    program = "import sys, lorand_coordinator.cli; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "lorand_coordinator.sequencer" in loaded
+    assert not {"dp_accounting", "cryptography", "scipy", "torch"} & set(loaded)
