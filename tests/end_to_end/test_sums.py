@@ -1,7 +1,7 @@
 """Runs that keep nothing but noisy sums, over real processes: who is trusted with what."""
 
 import signal
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from tests import tiny
@@ -12,7 +12,7 @@ from lorand import ledger
 from lorand_coordinator.store import SqliteStore
 from lorand_worker import budget
 
-LAPLACE: Final = {"mechanism": "laplace", "delta": 0.0, "target_epsilon": 2.0}
+LAPLACE: Final[dict[str, Any]] = {"mechanism": "laplace", "delta": 0.0, "target_epsilon": 2.0}
 
 
 def stored_once(room: Room, rounds: int) -> None:
