@@ -9,6 +9,8 @@ CHUNK_BYTES: Final = 128 << 10
 BASE_MESSAGE_BYTES: Final = 256 << 10
 MAX_MESSAGE_BYTES: Final = BASE_MESSAGE_BYTES + (9 << 20)
 """Largest message of any run: K = 2^20 numbers of eight bytes, and a manifest of many names."""
+BATCH: Final = "batch"
+"""The feature of workers that take several messages at once."""
 METADATA_BYTES: Final = 16 << 10
 
 KEEPALIVE_MS: Final = 60_000

@@ -49,6 +49,8 @@ class Outgoing:
 
     worker: int
     message: Message
+    can_wait: bool = False
+    """Whether nothing is lost when it comes with the next message that cannot wait."""
 
 
 @dataclass
@@ -462,7 +464,9 @@ class Sequencer:
             self.tally.accounts[entry.member.worker] = Account(entry.member.name)
         if entry.HasField("evaluation"):
             self._keep_evaluation(entry.evaluation)
-        return [Outgoing(worker, Message(entry=body)) for worker in sorted(self.engine.members)]
+        can_wait = entry.HasField("member") or entry.HasField("evaluation")
+        message = Message(entry=body)
+        return [Outgoing(worker, message, can_wait) for worker in sorted(self.engine.members)]
 
     def _keep_evaluation(self, evaluation: pb.Evaluation) -> None:
         self.tally.evaluations = [*self.tally.evaluations, evaluation][-EVALUATIONS_KEPT:]
