@@ -186,7 +186,13 @@ def disclosure(config: RunConfig) -> list[str]:
 
 def _noise(config: RunConfig) -> list[str]:
     section = config.privacy
+    changes = (
+        ["Between restarts of the estimator (DIFF2, experimental) it is how that has changed."]
+        if section.differences
+        else []
+    )
     return [
+        *changes,
         f"Noise is added here, before anything leaves: what all rounds of this run together show "
         f"of any one example is bounded by epsilon {section.target_epsilon:g}, delta "
         f"{section.delta:g}, towards everyone, the coordinator included. An example is one line of "

@@ -191,7 +191,8 @@ class Participant:
         manifest, committed = self.position.identity.manifest, self.position.committed
         elect = self.position.elections.due(config, manifest, committed)
         curvature = self.position.elections.probing(config)
-        order = Order(indices, factors, committed, batch_size, elect, curvature)
+        before = self.position.before
+        order = Order(indices, factors, committed, batch_size, elect, curvature, before)
         if self._budget is not None:
             return self._release(start, order, self._budget, self.worker)
         try:
@@ -231,7 +232,7 @@ class Participant:
         Nothing here depends on the data but the codes: no skip and no reason, whatever the losses
         are. An error ends this worker instead.
         """
-        budget.check()
+        budget.check(order.committed)
         measured = self._bench.measure(order)
         assert measured.loss is None, "what comes with noise comes alone"
         coded = self._encode(measured, order.indices, start.scale_exponent)

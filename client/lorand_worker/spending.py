@@ -54,6 +54,14 @@ def open_budget(
 
 def _said(config: RunConfig, account: Account) -> str:
     release, section = account.release, config.privacy
+    if account.restarts is not None:
+        first = account.restarts
+        return (
+            f"DIFF2, experimental: noise multipliers {first.release.multiplier:.4g} of "
+            f"{first.limit} restarts and {release.multiplier:.4g} of "
+            f"{account.limit - first.limit} rounds between, of which {first.charged} and "
+            f"{account.charged - first.charged} are made"
+        )
     error = release.multiplier * section.clip_bound / config.estimator.batch_size
     return (
         f"noise multiplier {release.multiplier:.4g}: {release.noise} noise of scale {error:.3g} on "
@@ -68,6 +76,8 @@ def expected(config: RunConfig) -> tuple[dict[str, Any], str]:
         raise ConfigError(
             f'the run {config.run.name!r} has no privacy: set privacy.mode = "worker"'
         )
+    if section.differences:
+        return _expected_differences(config)
     release = plan.planned(config)
     spent = accountant.epsilon(release, config.releases, section.delta)
     error = release.multiplier * section.clip_bound / config.estimator.batch_size
@@ -82,6 +92,28 @@ def expected(config: RunConfig) -> tuple[dict[str, Any], str]:
         f"epsilon {spent:.4g} at delta {section.delta:g} after {config.releases} releases takes a "
         f"noise multiplier of {release.multiplier:.4g}: each worker's scalars carry "
         f"{section.mechanism} noise of scale {error:.3g}"
+    )
+
+
+def _expected_differences(config: RunConfig) -> tuple[dict[str, Any], str]:
+    section, made = config.privacy, plan.planned_differences(config)
+    spent = made.epsilon(section.delta)
+    both = made.restart.multiplier, made.increment.multiplier
+    error = both[0] * section.clip_bound / config.estimator.batch_size
+    result = {
+        "noise_multiplier": both[1],
+        "noise_multiplier_of_restarts": both[0],
+        "epsilon": spent,
+        "delta": section.delta,
+        "releases": made.restarts + made.increments,
+        "releases_of_restarts": made.restarts,
+        "noise_on_a_scalar": error,
+    }
+    return result, (
+        f"DIFF2, experimental: epsilon {spent:.4g} at delta {section.delta:g} after "
+        f"{made.restarts} restarts and {made.increments} rounds between takes noise multipliers of "
+        f"{both[0]:.4g} and {both[1]:.4g}: after a restart each worker's scalars carry noise of "
+        f"scale {error:.3g}, to which each round adds"
     )
 
 

@@ -17,8 +17,9 @@ from lorand.codec import Floats
 from lorand.errors import ConfigError
 from lorand.privacy import diff2
 from lorand.privacy.accountant import Release, epsilon, epsilon_together
-from lorand.privacy.diff2 import Plan, Rule, accumulated, changes, planned, restarts
+from lorand.privacy.diff2 import Plan, Rule, accumulated, changes, planned
 from lorand.privacy.mechanism import GRID
+from lorand.schedules import restarts
 
 DELTA: Final = 1e-5
 

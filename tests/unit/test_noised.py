@@ -86,7 +86,7 @@ def test_a_private_bench_releases_the_noisy_mean_and_no_loss(
 ) -> None:
     config = private(kind)
     bench = bench_of(config, tiny_model, EXACT)
-    assert bench._noised is not None
+    assert isinstance(bench._noised, Noised)
     batch = PoissonSampler(12, 0.5, source=random.Random(3).randbytes).batch()
     assert 0 < len(batch) < 12
     vectors = bench._noised.estimator.each(alone(bench._task.losses), batch, DIRECTIONS)
@@ -181,7 +181,7 @@ def test_whatever_the_losses_are_a_release_comes() -> None:
     rows[2] = 1e38
     made = Linear(rows)
     for batch in ([1], [1, 2], []):
-        measured = made.noised(batch).measure(made.losses, DIRECTIONS)
+        measured = made.noised(batch).measure(made.losses, Order(DIRECTIONS))
         assert measured.values.shape == (3,)
         assert np.isfinite(measured.values).all()
         assert measured.loss is None

@@ -38,9 +38,10 @@ from lorand.privacy.mechanism import LEAST_MULTIPLIER, Mechanism
 from lorand.privacy.sampler import Below
 
 
-def restarts(committed: int, every: int) -> bool:
-    """Return whether the round after so many commits releases gradients, not differences."""
-    return committed % every == 0
+def counts(rounds: int, every: int, spare: int = 0) -> tuple[int, int]:
+    """Return the most restarts and increments of a run, `spare` rounds being of either kind."""
+    first = -(-rounds // every)
+    return first + spare, rounds - first + spare
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,12 @@ def planned(
     assert every >= 2
     assert rounds >= 2
     assert 0 < share < 1
-    first = -(-rounds // every)
-    counts = first + spare, rounds - first + spare
-    wide = [sqrt(n / part) for n, part in zip(counts, (share, 1 - share), strict=True)]
-    parts = [
-        (Release("gaussian", w / min(wide), rate), n) for w, n in zip(wide, counts, strict=True)
-    ]
+    most = counts(rounds, every, spare)
+    wide = [sqrt(n / part) for n, part in zip(most, (share, 1 - share), strict=True)]
+    parts = [(Release("gaussian", w / min(wide), rate), n) for w, n in zip(wide, most, strict=True)]
     found = calibrated_together(parts, target_epsilon, delta)
     restart, increment = (replace(r, multiplier=max(r.multiplier, LEAST_MULTIPLIER)) for r in found)
-    return Plan(restart, increment, *counts)
+    return Plan(restart, increment, *most)
 
 
 @dataclass(frozen=True)
