@@ -41,6 +41,7 @@ from experiments.provenance import provenance
 from lorand.codec import Floats
 from lorand.privacy import diff2
 from lorand.privacy.accountant import Release, calibrated
+from lorand.schedules import restarts
 
 ROUNDS: Final = 100
 DELTA: Final = 1e-5
@@ -89,7 +90,8 @@ CELLS: Final = [
 class Row:
     """A method: DIFF2 with a share (0: as large as that of its rounds), or DP-ZO without one.
 
-    `rounds` of 0 are tuned, `fresh`: directions are new in each round.
+    `rounds` of 0 are tuned. Directions are kept for the run by DP-ZO, new in each round where
+    `fresh`, and new from restart to restart by DIFF2 and, as often, where `alike`.
     """
 
     name: str
@@ -97,11 +99,7 @@ class Row:
     rounds: int = ROUNDS
     fresh: bool = False
     settings: int = SETTINGS
-
-    @property
-    def compared(self) -> bool:
-        """Whether it is what DIFF2's best row is compared with."""
-        return self.settings > SETTINGS
+    alike: bool = False
 
 
 def rows(cell: Cell) -> list[Row]:
@@ -109,6 +107,7 @@ def rows(cell: Cell) -> list[Row]:
     fresh = [
         Row("DP-ZO, new directions each round", fresh=True),
         Row("DP-ZO, new directions, any number of rounds", None, 0, True, MANY * SETTINGS),
+        Row("DP-ZO, new directions as often as DIFF2", alike=True),
     ]
     return [
         Row("DP-ZO"),
@@ -149,6 +148,13 @@ def lasting(row: Row, setting: Setting) -> tuple[int, int]:
     if row.share is None:
         return row.rounds or setting.every, 1
     return row.rounds, setting.every
+
+
+def renewing(row: Row, setting: Setting) -> int:
+    """Return for how many rounds directions are kept."""
+    if row.share is not None or row.alike:
+        return setting.every
+    return 1 if row.fresh else 2 * ROUNDS
 
 
 @cache
@@ -193,8 +199,8 @@ def run(cell: Cell, row: Row, setting: Setting, seed: int) -> dict[str, float]:
     gathered = step = np.zeros(count)
     kept = np.zeros((0, count))
     for at in range(rounds):
-        anew = diff2.restarts(at, every)
-        if anew and at and (row.fresh or row.share is not None):
+        anew = restarts(at, every)
+        if at and at % renewing(row, setting) == 0:
             pool = problem.directions(count, source)
         batch = None
         if cell.rate < 1:
@@ -282,19 +288,23 @@ def figures(made: dict[str, Any], name: str) -> tuple[float, float]:
     return mean_and_error(seed[name] for seed in made["seeds"].values())
 
 
-def compared(cell: Cell, found: dict[str, dict[str, Any]]) -> str:
+def compared(cell: Cell, found: list[dict[str, Any]]) -> str:
     """Return the verdict of a cell in a sentence, DIFF2 with the share that tuning chose."""
-    best = min((made for made in found.values() if made["share"] is not None), key=_tuned)
+    best = min((made for made in found if made["share"] is not None), key=_tuned)
     by, parts = judged_by(cell), []
-    for other in (found[row.name] for row in rows(cell) if row.compared):
+    for other in found:
+        if other["share"] is not None or other["rounds"] > ROUNDS:
+            continue
+        usual = figures(other, by)[0]
         pairs = [best["seeds"][seed][by] - other["seeds"][seed][by] for seed in other["seeds"]]
-        mean, error = (part / figures(other, by)[0] for part in mean_and_error(pairs))
+        mean, error = (part / usual for part in mean_and_error(pairs))
         word = "better" if mean < -2 * error else "worse" if mean > 2 * error else "no different"
-        parts.append(f"{word} than {other['name']} ({mean:+.0%} ± {error:.0%})")
-    return (
-        f"{best['name']}, chosen of all {MANY * SETTINGS} settings, ends with "
-        f"{'‖∇F‖²' if by == 'squared_gradient' else 'a test loss'} {', and '.join(parts)}."
+        parts.append(f"- {word} than {other['name']}: {mean:+.0%} ± {error:.0%}")
+    head = (
+        f"{best['name']}, which tuning chose of all {MANY * SETTINGS} settings of DIFF2, ends with "
+        f"{'a squared gradient' if by == 'squared_gradient' else 'a test loss'} that is"
     )
+    return "\n".join([head, "", *parts])
 
 
 def _tuned(made: dict[str, Any]) -> float:
@@ -306,12 +316,13 @@ def write() -> None:
     known = read()
     lines = ["# diff2", "", *__doc__.split("\n\n    python")[0].splitlines(), ""]
     for cell in CELLS:
-        found = {made["name"]: made for made in known if made["cell"] == cell.name}
-        if not {row.name for row in rows(cell)} <= set(found):
+        by_name = {made["name"]: made for made in known if made["cell"] == cell.name}
+        found = [by_name[row.name] for row in rows(cell) if row.name in by_name]
+        if len([made for made in found if made["share"] is not None]) < MANY:
             continue
         whole = "whole batches" if cell.rate == 1 else f"samples of {cell.rate:g}"
         lines += [f"## {cell.problem}, epsilon {cell.epsilon:g}, {whole}", ""]
-        lines += table(cell, [found[row.name] for row in rows(cell)])
+        lines += table(cell, found)
         lines += ["", compared(cell, found), ""]
     made = [made["provenance"] for made in known]
     parts = [f"{key} {', '.join(sorted({m[key] for m in made}))}" for key in made[0]]
@@ -331,11 +342,21 @@ def table(cell: Cell, found: list[dict[str, Any]]) -> list[str]:
         passes = 2 * POOL[cell.problem] * cell.rate * (2 * rounds - math.ceil(rounds / every))
         noise = [f"{multiplier:.3g}" for multiplier in made["multipliers"]]
         cells = [made["name"], str(made["settings"])]
-        cells += ["{:.4f} ± {:.4f}".format(*figures(made, name)) for name in names]
-        cells += [f"{made['median_of_tried']:.4f}", str(rounds), str(every) if ours else ""]
+        cells += [_shown(name, *figures(made, name)) for name in names]
+        cells += [
+            _shown(judged_by(cell), made["median_of_tried"]),
+            str(rounds),
+            str(every) if ours else "",
+        ]
         cells += [", ".join(noise) if ours else noise[0], f"{passes:,.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _shown(name: str, *values: float) -> str:
+    """Return a figure, with its error if there is one."""
+    digits = 5 if name == "squared_gradient" else 4
+    return " ± ".join(f"{value:.{digits}f}" for value in values)
 
 
 def main() -> None:
