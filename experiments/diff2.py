@@ -6,7 +6,7 @@ each example and 100 rounds, whole batches or Poisson samples of a tenth. `synth
 30 numbers, a logistic loss with a regulariser that is not convex, K = 32, judged by ‖∇F‖² at the
 end. `subj`: a linear head (385 weights) on MiniLM's features of Subj, K = 64, judged by loss and
 accuracy on test data. DIFF2 keeps its directions from restart to restart; DP-ZO keeps them for the
-run, or draws new ones each round, as LoRand does by default.
+run, or draws new ones each round, as LoRand does by default, or as often as DIFF2.
 
 Settings are drawn at random (log-uniform learning rate, clip bound and slope bound, restarts every
 5, 10, 25, 50 or 100 rounds), as many for each row as it says, and the best by other seeds (three
@@ -82,7 +82,6 @@ CELLS: Final = [
     Cell("synthetic", 2.0, 0.1),
     Cell("subj", 2.0, 1.0),
     Cell("subj", 0.5, 0.1),
-    Cell("subj", 2.0, 0.1),
 ]
 
 
