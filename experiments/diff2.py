@@ -28,7 +28,6 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
@@ -271,15 +270,21 @@ def read() -> list[dict[str, Any]]:
     return found
 
 
+def present(cell: str, row: str) -> bool:
+    """Return whether a row was run."""
+    return any((made["cell"], made["name"]) == (cell, row) for made in read())
+
+
 def keep(made: dict[str, Any]) -> None:
-    """Add a row; several processes may."""
+    """Add a row; several processes may, each row once."""
     with PATH.with_suffix(".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        if present(made["cell"], made["name"]):
+            return
         content = {"experiment": __doc__, "rows": [*read(), made]}
         partial = PATH.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         partial.replace(PATH)
-    Path(file.name).unlink()
 
 
 def figures(made: dict[str, Any], name: str) -> tuple[float, float]:
@@ -365,7 +370,7 @@ def main() -> None:
     options = parser.parse_args()
     for cell in CELLS:
         for row in rows(cell) if cell.name in options.cells else []:
-            if any((made["cell"], made["name"]) == (cell.name, row.name) for made in read()):
+            if present(cell.name, row.name):
                 continue
             print(cell.name, row.name, flush=True)
             keep(measured(cell, row))
