@@ -209,7 +209,13 @@ def _noise(config: RunConfig) -> list[str]:
             f"towards everyone, where {section.honest_min} of those in the sum are honest",
         ),
     }[section.mode]
+    changes = (
+        ["Between restarts of the estimator (DIFF2, experimental) it is how that has changed."]
+        if section.differences
+        else []
+    )
     return [
+        *changes,
         f"{where} what all rounds of this run together show of any one example is bounded by "
         f"epsilon {section.target_epsilon:g}, delta {section.delta:g}, {towards}. An example is "
         "one line of the data: of somebody with several lines more may be seen.",

@@ -63,7 +63,7 @@ def run(mode: str, quorum: int = 3, start_with: int = 3) -> RunConfig:
 @pytest.fixture(autouse=True)
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """What noise costs is tested elsewhere, and takes seconds to calculate."""
-    monkeypatch.setattr(accountant, "epsilon", lambda *_: 1.0)
+    monkeypatch.setattr(accountant, "epsilon_together", lambda *_: 1.0)
 
 
 class Sample:
