@@ -302,9 +302,9 @@ def _like(rows: Sequence[Row], row: Row, **others: Any) -> Row:
 def _origin(parts: Parts) -> str:
     made = [part["provenance"] for part in parts.values()]
     names = [f"{key} {', '.join(sorted({m[key] for m in made}))}" for key in made[0]]
-    minutes = sum(part["wall_s"] for part in parts.values()) / 60
+    minutes = sum(part["cpu_s"] for part in parts.values()) / 60
     seeds = ", ".join(sorted({str(part["seeds"]) for part in parts.values()}))
-    return f"One thread, {minutes:.0f} minutes, {seeds} seeds from 0; " + "; ".join(names) + "."
+    return f"One thread, {minutes:.0f} minutes of it, {seeds} seeds from 0; " + "; ".join(names) + "."
 
 
 # -- plots ---------------------------------------------------------------------------------------
