@@ -11,7 +11,7 @@ model, directions, coefficients, codes. Attacks bound what leaks from below: bet
 - A5: what releases with and without a record prove of epsilon, and of planted bugs.
 - R: the two halves of ReCIT: a malicious base model, and gradients that can be solved for.
 
-    python -m experiments.privacy_audit                 # all: about ten minutes on one core
+    python -m experiments.privacy_audit                 # all: a quarter of an hour on one core
     python -m experiments.privacy_audit --only A1 A5    # some parts; the others stay as they are
     python -m experiments.privacy_audit --write         # tables and plots from the results
 """

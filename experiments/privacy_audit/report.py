@@ -221,6 +221,7 @@ def _a5(part: Row) -> list[str]:
         "",
         "Lower bounds on the epsilon of one release at δ = 1e-5, 95 % confidence, from releases",
         "with and without a record of eight clip bounds; flagged: the bound is above the theory.",
+        "Fewer releases prove less: those of 16 scalars are a quarter as many.",
         "",
         *_table(
             ("mechanism", "multiplier", "scalars", "releases", "theory", "bound", "share", "flag"),
@@ -278,7 +279,7 @@ def _r(part: Row) -> list[str]:
 
 
 def _answer(refused: str) -> str:
-    return "takes part" if refused == "no" else f"refuses: “{refused} … are not the run's”"
+    return "takes part" if refused == "no" else f"refuses: “{refused} … not the run's”"
 
 
 def _table(
@@ -326,7 +327,7 @@ def _errors(part: Row) -> Panel:
     rows = [r for r in part["zeroth_order"] if r["batch_size"] == 1]
     float_, sign = ([r for r in rows if r["codec"] == name] for name in ("int8", "sign"))
     theory = Curve(
-        "independent directions, in theory",
+        "independent, theory",
         [r["scalars"] for r in float_],
         [r["theory"] for r in float_],
         [0.0 for _ in float_],
@@ -369,7 +370,7 @@ def _epsilons(part: Row) -> Panel:
     none = [0.0 for _ in sound]
     curves = [
         Curve("theory", x, [r["epsilon"] for r in sound], none),
-        Curve("lower bound", x, [r["bound"] for r in sound], none),
-        Curve("lower bound, half the noise", x, [r["bound"] for r in half], none),
+        Curve("bound", x, [r["bound"] for r in sound], none),
+        Curve("bound, half noise", x, [r["bound"] for r in half], none),
     ]
     return Panel("epsilon of a release", "noise multiplier", "epsilon, δ = 1e-5", curves)
