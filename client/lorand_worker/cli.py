@@ -210,13 +210,13 @@ def join(
         guard.check(config, policy)
         examples = data_files.load(data, config.task)
         guard.check_examples(config, len(examples), str(data))
-        for line in guard.disclosure(config):
-            report.note(line)
         for label in data_files.missing_labels(examples, config.task):
             report.note(f"no example here is labelled {label!r}; other workers may have some")
         base = _load_base(config, model, device, report, weights, checkpointing, theirs)
         if theirs is not None:
             guard.check_identity(base.identity, theirs)
+        for line in guard.disclosure(config, base.identity.manifest):
+            report.note(line)
         check_perturbation(config, base.replica)
         who = name or f"{socket.gethostname()}-{data.stem}"[:64]
         folder = state or state_folder()
