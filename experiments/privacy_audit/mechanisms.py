@@ -22,6 +22,7 @@ from lorand.privacy.accountant import Release
 from lorand.privacy.mechanism import GRID, Integers, Mechanism
 from lorand.privacy.sampler import Below
 from lorand_worker.data import PoissonSampler
+from lorand_worker.estimators import Order
 from lorand_worker.noised import Noised, alone
 
 DELTA: Final = 1e-5
@@ -132,7 +133,7 @@ class Round:
         Everything is `Noised.measure`: the Poisson sample, each example's own pass, clip and noise.
         """
         data = [*self.others, *([self.record] if present else [])]
-        mechanism = SeededNoise("gaussian", self.clip(), multiplier, 8, subjects.below(seed))
+        mechanism = SeededNoise("gaussian", self.clip(), multiplier, 8, source=subjects.below(seed))
         bytes_of = np.random.default_rng([seed, present]).bytes
         sampler = PoissonSampler(len(data), self.rate, source=bytes_of)
         noised = Noised(self.subject.estimator, mechanism, sampler)
@@ -142,7 +143,7 @@ class Round:
 
         towards = self.vectors([self.record])[0]
         towards = towards / np.linalg.norm(towards)
-        found = [noised.measure(losses, self.indices).values @ towards for _ in range(count)]
+        found = [noised.measure(losses, Order(self.indices)).values @ towards for _ in range(count)]
         return np.array(found)
 
     def clip(self) -> float:
