@@ -305,9 +305,8 @@ def _origin(parts: Parts) -> str:
     names = [f"{key} {', '.join(sorted({m[key] for m in made}))}" for key in made[0]]
     minutes = sum(part["cpu_s"] for part in parts.values()) / 60
     seeds = ", ".join(sorted({str(part["seeds"]) for part in parts.values()}))
-    return (
-        f"One thread, {minutes:.0f} minutes of it, {seeds} seeds from 0; " + "; ".join(names) + "."
-    )
+    head = f"One thread, {minutes:.0f} minutes of it, {seeds} seeds from 0"
+    return "; ".join([head, *names]) + "."
 
 
 # -- plots ---------------------------------------------------------------------------------------
