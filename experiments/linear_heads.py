@@ -4,7 +4,7 @@ The head is `PooledClassifier.head`, its inputs what that module hands to it; no
 model runs in a round. tests/unit/test_private_runs.py compares with the library's own estimators.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -15,9 +15,7 @@ from lorand.codec import Floats
 from lorand.config import RunConfig
 from lorand.directions import Indices
 from lorand.replica import CopyReplica
-from lorand_worker import estimators
 from lorand_worker.data import Examples
-from lorand_worker.estimators import Losses
 from lorand_worker.heads import PooledClassifier
 from lorand_worker.model import LoadedModel
 from lorand_worker.tasks import Score
@@ -63,43 +61,47 @@ def head_of(loaded: LoadedModel) -> nn.Linear:
     return loaded.module.head
 
 
-def losses_of(head: nn.Linear, part: Labelled) -> Losses:
-    """Return each example's cross-entropy in nats; the last batch is kept, as many ask for it."""
-    kept: dict[tuple[int, ...], Labelled] = {}
+class Directions:
+    """All directions of a run on a head, as columns: an example's vectors are products with them.
 
-    def losses(batch: Sequence[int]) -> torch.Tensor:
-        if (key := tuple(batch)) not in kept:
-            kept.clear()
-            kept[key] = part[0][list(batch)], part[1][list(batch)]
-        x, labels = kept[key]
-        return functional.cross_entropy(head(x), labels, reduction="none")
-
-    return losses
-
-
-def sketches(
-    head: nn.Linear, replica: CopyReplica
-) -> Callable[[Labelled, Sequence[int], Indices], Floats]:
-    """Return `Backprop.each` for a linear head: each example's Zᵀ∇L of a batch in two products.
-
-    An example's gradient is (p − y) ⊗ (x, 1), softmax less label times input.
+    They are the library's up to the last bits of float32, which is all that differs.
     """
-    columns = [replica.direction(index) for index in range(replica.pool.size)]
-    weight = torch.stack([column["head.weight"].flatten() for column in columns], dim=1)
-    bias = torch.stack([column["head.bias"] for column in columns], dim=1)
+
+    def __init__(self, head: nn.Linear, replica: CopyReplica, scale: float) -> None:
+        """Take the directions of the replica's pool; `scale` is how far zeroth order looks."""
+        self._head, self._replica, self._scale = head, replica, scale
+        columns = [replica.direction(index) for index in range(replica.pool.size)]
+        self._weight = torch.stack([column["head.weight"] for column in columns], dim=2)
+        self._bias = torch.stack([column["head.bias"] for column in columns], dim=1)
 
     @torch.no_grad()
-    def each(part: Labelled, batch: Sequence[int], indices: Indices) -> Floats:
-        replica.settle()
-        x, labels = part[0][list(batch)], part[1][list(batch)]
-        logits = head(x)
+    def sketches(self, part: Labelled) -> torch.Tensor:
+        """Return Zᵀ∇L of each example, shape (examples, K), as `Backprop.each` does.
+
+        An example's gradient is (p − y) ⊗ (x, 1): softmax less label, times the input.
+        """
+        self._replica.settle()
+        x, labels = part
+        logits = self._head(x)
         residual = logits.softmax(dim=1) - functional.one_hot(labels, logits.shape[1])
         outer = residual[:, :, None] * x[:, None, :]
-        found = outer.flatten(1) @ weight + residual @ bias
-        values: Floats = found.double().numpy()[:, indices]
-        return values
+        found: torch.Tensor = outer.flatten(1) @ self._weight.flatten(0, 1)
+        return found + residual @ self._bias
 
-    return each
+    @torch.no_grad()
+    def differences(self, part: Labelled, indices: Indices) -> torch.Tensor:
+        """Return (L(w + μz) − L(w − μz)) / 2μ, shape (examples, n), as `Spsa.each` does."""
+        self._replica.settle()
+        x, labels = part
+        at = torch.from_numpy(indices)
+        here = self._head(x)[:, :, None]
+        moved = torch.einsum("ew,cwn->ecn", x, self._weight[:, :, at]) + self._bias[:, at]
+        targets = labels[:, None].expand(-1, len(indices))
+        above, below = (
+            functional.cross_entropy(here + step * moved, targets, reduction="none")
+            for step in (self._scale, -self._scale)
+        )
+        return (above.double() - below.double()) / (2 * self._scale)
 
 
 def bench(
@@ -119,12 +121,19 @@ def bench(
         replica.settle()
         return scored_by(head, (x, labels))
 
-    if config.estimator.kind == "backprop":
-        each = sketches(head, replica)
-        return Bench(lambda worker, batch, at: each(parts[worker], batch, at), score)
-    estimator = estimators.build(config, replica, loaded.module)
-    losses = [losses_of(head, part) for part in parts]
-    return Bench(lambda worker, batch, at: estimator.each(losses[worker], batch, at), score)
+    scale = config.perturbation_quanta * 2.0**-config.directions.quantum_exponent
+    directions = Directions(head, replica, scale)
+
+    def vectors(worker: int, batch: Sequence[int], indices: Indices) -> Floats:
+        part = parts[worker][0][list(batch)], parts[worker][1][list(batch)]
+        if config.estimator.kind == "backprop":
+            found = directions.sketches(part)[:, torch.from_numpy(indices)]
+        else:
+            found = directions.differences(part, indices)
+        values: Floats = found.double().numpy()
+        return values
+
+    return Bench(vectors, score)
 
 
 @torch.no_grad()

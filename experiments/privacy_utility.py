@@ -111,9 +111,9 @@ NOTES = (
     "Tuning: each row tries as many settings with privacy as without (six; four for two layers) "
     "with one seed on a tenth of the training data, and takes the lowest loss there; `one noise` "
     "takes what `noise at each` took. Sample rate, rounds and the ranges of what is tried were set "
-    "before, after some 450 settings of a plain simulation of the head (rates, rounds, clip bounds, "
-    "sample rates, momentum) on the same tenth of each data set. Tuning itself is not private: its "
-    "cost is in no epsilon here.",
+    "before, after some 450 settings of a plain simulation of the head (rates, rounds, clip "
+    "bounds, sample rates, momentum) on the same tenth of each data set. Tuning itself is not "
+    "private: its cost is in no epsilon here.",
 )
 
 

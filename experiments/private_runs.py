@@ -6,6 +6,7 @@ noise, codes, the coordinator's optimizer. What differs from workers is what exp
 * Samples and noise come from a seed, so that figures can be repeated. Such a run protects nobody.
 * Examples pass together where that is faster. An example's loss then differs in last bits, which
   accuracy does not notice; the proof of privacy does, so that workers pass them one at a time.
+* Vectors are clipped on the grid in floats, which is exact to some steps of the 2^30 in a bound.
 * Noise is at each worker (`each`), in the sum of all (`once`: what a trusted coordinator or a sum
   that nobody can open allows), or nowhere, and then nothing is clipped either (`none`).
 """
@@ -28,6 +29,7 @@ from lorand.directions import Indices
 from lorand.manifest import run_digest
 from lorand.privacy import plan
 from lorand.privacy.accountant import Release, calibrated
+from lorand.privacy.mechanism import GRID, Integers, Mechanism
 from lorand.privacy.sampler import Below
 from lorand.replica import CopyReplica
 from lorand_coordinator import optimizer
@@ -110,6 +112,21 @@ def run(
     return points
 
 
+class Quick(Mechanism):
+    """The mechanism with vectors clipped in floats: some steps of the grid beside the exact ones.
+
+    Exact clipping is in integers of any length, one number after the other.
+    """
+
+    def clipped(self, vectors: Floats) -> Integers:
+        """See Mechanism; for finite vectors and Gaussian noise."""
+        assert self.noise == "gaussian"
+        steps = vectors * (GRID / self.clip_bound)
+        norms = np.linalg.norm(steps, axis=1, keepdims=True)
+        short: Integers = np.rint(steps * (GRID / np.maximum(norms, GRID))).astype(np.int64)
+        return short
+
+
 def releases(config: RunConfig, noise: Noise, workers: int, below: Below) -> Releases:
     """Return how vectors are released; noise comes from `below`, which tests and seeds fix.
 
@@ -120,7 +137,8 @@ def releases(config: RunConfig, noise: Noise, workers: int, below: Below) -> Rel
     divisor = config.estimator.batch_size
     if noise == "none":
         return lambda parts: [part.sum(axis=0) / divisor for part in parts]
-    mechanism = plan.mechanism(config, multiplier(config))
+    planned = plan.mechanism(config, multiplier(config))
+    mechanism = Quick(planned.noise, planned.clip_bound, planned.multiplier, planned.divisor)
     if noise == "each":
         return lambda parts: [mechanism.release(part, below) for part in parts]
     central = replace(mechanism, divisor=workers * divisor)
