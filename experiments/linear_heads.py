@@ -82,11 +82,10 @@ class Directions:
         """
         self._replica.settle()
         x, labels = part
-        logits = self._head(x)
+        logits: torch.Tensor = self._head(x)
         residual = logits.softmax(dim=1) - functional.one_hot(labels, logits.shape[1])
         outer = residual[:, :, None] * x[:, None, :]
-        found: torch.Tensor = outer.flatten(1) @ self._weight.flatten(0, 1)
-        return found + residual @ self._bias
+        return outer.flatten(1) @ self._weight.flatten(0, 1) + residual @ self._bias
 
     @torch.no_grad()
     def differences(self, part: Labelled, indices: Indices) -> torch.Tensor:

@@ -38,7 +38,6 @@ DELTA = 1e-5
 WORKERS = 3
 TUNING_SEED = 100
 SEEDS = range(5)
-OPACUS = "DP-SGD on the head, opacus"
 STORE = Store("privacy_utility", __doc__.split("\n\n", maxsplit=1)[0])
 
 
@@ -82,6 +81,7 @@ class Row:
 
 FIRST = ((0.01, 0.02, 0.05), (4.0, 10.0), (0.005, 0.01, 0.02, 0.05, 0.1, 0.2))
 ZEROTH = ((0.003, 0.01, 0.03), (4.0, 10.0), (0.002, 0.003, 0.005, 0.01, 0.02, 0.03))
+DP_SGD = ((0.3, 1.0, 3.0), (4.0, 10.0), (0.1, 0.3, 1.0, 2.0, 3.0, 5.0))
 TWO_LAYERS = Row(
     "backprop",
     4096,
@@ -95,7 +95,8 @@ TWO_LAYERS = Row(
 )
 ROWS = {
     "first order, 1,024 numbers": Row("backprop", 1024, 20, *FIRST),
-    OPACUS: Row("opacus", 0, 20, (0.3, 1.0, 3.0), (4.0, 10.0), (0.1, 0.3, 1.0, 2.0, 3.0, 5.0)),
+    "DP-SGD on the head, opacus": Row("opacus", 0, 20, *DP_SGD),
+    "DP-SGD on the head, opacus, more steps": Row("opacus", 0, 100, *DP_SGD),
     "zeroth order, 16 directions": Row("spsa", 16, 200, *ZEROTH),
     "first order, 256 numbers": Row("backprop", 256, 20, *FIRST),
     "zeroth order, 64 directions": Row("spsa", 64, 100, *ZEROTH),
