@@ -34,7 +34,7 @@ from lorand.privacy.sampler import Below
 from lorand.replica import CopyReplica
 from lorand_coordinator import optimizer
 from lorand_coordinator.aggregation import Report
-from lorand_worker import estimators, model, tasks
+from lorand_worker import model
 from lorand_worker.data import Examples, PoissonSampler
 from lorand_worker.model import LoadedModel
 from lorand_worker.participant import encode
@@ -157,25 +157,6 @@ def multiplier(config: RunConfig) -> float:
 def calibrate(rate: float, rounds: int, epsilon: float, delta: float) -> Release:
     """Return the Gaussian release that so many rounds may make; kept, as it takes seconds."""
     return calibrated(Release("gaussian", 1.0, rate), rounds, epsilon, delta)
-
-
-def of_model(
-    config: RunConfig,
-    loaded: LoadedModel,
-    replica: CopyReplica,
-    shards: Sequence[Examples],
-    scored: Examples,
-) -> Bench:
-    """Return the library's own bench for any trainable set; passes start at the frozen boundary."""
-    trainable = {spec.name for spec in replica.manifest.tensors}
-    parts = [tasks.build(loaded, config, shard, trainable=trainable) for shard in shards]
-    test = tasks.build(loaded, config, scored, trainable=trainable)
-    estimator = estimators.build(config, replica, loaded.module)
-
-    def vectors(worker: int, batch: Sequence[int], indices: Indices) -> Floats:
-        return estimator.each(parts[worker].losses, batch, indices)
-
-    return Bench(vectors, test.score)
 
 
 def _point(config: RunConfig, committed: int, score: Score, started: float) -> Point:
