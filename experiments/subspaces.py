@@ -193,9 +193,7 @@ def _costs(order: Order, name: str) -> dict[str, Any]:
     costs: dict[str, Any] = {"weights": d, "coordinates": d}
     if isinstance(replica, SubspaceReplica):
         basis = drawn("coordinate", identity.manifest, (1, 2))
-        other = ledger.pool_of(config, identity, 0)
-        other = type(other)(**{**vars(other), "basis": other.basis or basis, "index": 1})
-        replica.fold(replica.coefficients, other)
+        replica.fold(replica.coefficients, replace(pool, basis=pool.basis or basis, index=1))
         costs["coordinates"] = replica.layout.size
         costs["kept_bytes"] = replica.kept_bytes - (replica.state.nbytes if replica.state else 0)
         costs["state_bytes"] = replica.state.nbytes if replica.state else 0
@@ -225,9 +223,8 @@ def _refresh_ms(replica: SubspaceReplica, config: RunConfig, identity: Any) -> f
     kind: Any = config.subspace.kind
     times = []
     for number in range(8):
-        pool = ledger.pool_of(config, identity, 0)
         basis = drawn(kind, identity.manifest, (number, 7))
-        pool = type(pool)(**{**vars(pool), "basis": basis, "index": number})
+        pool = replace(ledger.pool_of(config, identity, 0), basis=basis, index=number)
         started = time.perf_counter()
         replica.fold(replica.coefficients, pool)
         times.append(1000 * (time.perf_counter() - started))

@@ -12,12 +12,12 @@ from torch import nn
 
 from lorand import layers, ledger
 from lorand.config import RunConfig
-from lorand.directions import Pool
+from lorand.directions import Indices, Pool
 from lorand.errors import ConfigError, LorandError
 from lorand.layerwise import LayerwiseReplica
 from lorand.ledger import Position
 from lorand.manifest import Identity, Manifest
-from lorand.privacy.mechanism import Mechanism
+from lorand.privacy.mechanism import Integers, Mechanism
 from lorand.replica import DTYPES, CopyReplica, Replica, WholeReplica
 from lorand.subspaces.replica import SubspaceReplica
 from lorand.subspaces.state import ReplicatedState
@@ -199,12 +199,16 @@ class ModelBench:
         """See Bench."""
         bring(self.replica, position)
 
+    def release(self, indices: Indices) -> Integers:
+        """See Bench."""
+        if self._noised is None:
+            raise LorandError("a private run is measured with its mechanism, or not at all")
+        return self._noised.release(self._task.losses, indices)
+
     def measure(self, order: Order) -> Measurement:
         """See Bench."""
         if self._private:
-            if self._noised is None:
-                raise LorandError("a private run is measured with its mechanism, or not at all")
-            return self._noised.measure(self._task.losses, order.indices)
+            raise LorandError("a private run is measured with its mechanism, or not at all")
         batches = partial(self._sampler.batch, order.batch_size)
         measured = self._work.do(self._task.loss, batches, order, len(self._task))
         self._watch.see(measured)

@@ -22,6 +22,7 @@ from lorand.privacy import accountant, plan
 from lorand.privacy.accountant import Release
 from lorand.privacy.mechanism import Mechanism
 from lorand.v1 import ledger_pb2 as pb
+from lorand_worker import durable
 from lorand_worker.feedback import Place
 
 FORMAT: Final = "lorand/budget/v1"
@@ -186,19 +187,8 @@ class Budget:
         self.account = account
 
     def _keep(self, account: Account) -> None:
-        """Replace the file; after a crash at any step it is the old one or the new one, whole."""
-        partial = self.path.with_suffix(".partial")
         try:
-            with open(partial, "wb", opener=_for_its_owner) as file:
-                file.write(_written(account))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.path)
-            folder = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            durable.replace(self.path, _written(account))
         except OSError as error:
             raise _unwritten(self.path, error) from error
 
@@ -243,10 +233,6 @@ def _written(account: Account) -> bytes:
             "contribution": base64.b64encode(body).decode(),
         }
     return json.dumps(content, indent=1).encode()
-
-
-def _for_its_owner(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 def _unwritten(path: Path, error: Exception) -> LorandError:

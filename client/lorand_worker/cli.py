@@ -1,6 +1,5 @@
 """lr-worker: take part in a run with private data, evaluate it, and keep what it learned."""
 
-import json
 import os
 import socket
 import sys
@@ -18,7 +17,7 @@ from rich.console import Console
 from lorand.config import RunConfig, load
 from lorand.errors import ConfigError, LorandError
 from lorand.manifest import Identity
-from lorand_worker import guard
+from lorand_worker import guard, privacy_cli
 from lorand_worker.flags import (
     Address,
     CacheDir,
@@ -27,20 +26,24 @@ from lorand_worker.flags import (
     Data,
     Device,
     GiveUp,
+    IdentityFile,
     Json,
     KeptWeights,
     MaxEpsilon,
+    MinMembers,
     Model,
     PublicData,
     RequirePrivacy,
+    RosterFile,
     State,
     Threads,
+    TrustCoordinator,
     state_folder,
     with_optional_value,
 )
 from lorand_worker.memory import Weights
 from lorand_worker.precision import Precision
-from lorand_worker.reporting import ConsoleReporter
+from lorand_worker.reporting import ConsoleReporter, say
 
 EXIT_CODES = """Exit codes: 0 done; 2 wrong run file or flag; 3 data; 4 model; 5 refused by the
 coordinator or by this worker's policy; 6 ledger damaged; 7 coordinator not reached; 9 privacy
@@ -52,6 +55,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(privacy_cli.privacy)
+app.add_typer(privacy_cli.sums, name="sum")
 
 
 @app.command()
@@ -84,7 +89,7 @@ def prepare(
         "tensors": len(manifest.tensors),
         "weights": manifest.num_weights,
     }
-    _result(
+    say(
         result,
         f"wrote {lock}: {len(manifest.tensors)} trainable tensors, {manifest.num_weights:,} "
         f"weights, base {identity.base_digest.hex()[:16]}",
@@ -128,7 +133,7 @@ def calibrate(
     )
     if write:
         calibrating.write(run, found.suggestion)
-    _result(found.as_dict(), found.text(written=run if write else None), json_output)
+    say(found.as_dict(), found.text(written=run if write else None), json_output)
 
 
 @app.command()
@@ -167,6 +172,10 @@ def join(
     give_up_s: GiveUp = 600.0,
     require_privacy: RequirePrivacy = False,
     max_epsilon: MaxEpsilon = None,
+    trust_coordinator: TrustCoordinator = False,
+    identity: IdentityFile = None,
+    roster: RosterFile = None,
+    min_members: MinMembers = 0,
     state: State = None,
     output: Annotated[Path | None, typer.Option(help="Write the adapter here at the end.")] = None,
     json_output: Json = False,
@@ -189,7 +198,10 @@ def join(
     report = _reporter(json_output)
     link = Link(address, give_up_s)
     policy = guard.Policy(
-        guard.parse_seed_pool(seed_pool), require_privacy=require_privacy, max_epsilon=max_epsilon
+        guard.parse_seed_pool(seed_pool),
+        require_privacy=require_privacy,
+        max_epsilon=max_epsilon,
+        trust_coordinator=trust_coordinator,
     )
     budget = None
     began = time.monotonic()
@@ -221,7 +233,14 @@ def join(
                 f"{bench.cut} of {len(examples)} examples are longer than model.max_length = "
                 f"{length} tokens: the ends of their prompts are left out"
             )
-        session = Session(link, config, base.identity, bench, who, report, folder, budget)
+        member = None
+        if config.privacy.mode == "secure-sum" and budget is not None:
+            from lorand_worker.membership import Pinned, member_of
+
+            pinned = Pinned(identity, roster, min_members)
+            multiplier = budget.account.release.multiplier
+            member = member_of(pinned, config, base.identity, who, multiplier)
+        session = Session(link, config, base.identity, bench, who, report, folder, budget, member)
         participant = session.run()
         report.close()
         if output is not None:
@@ -245,7 +264,7 @@ def join(
         "weights_digest": bench.replica.digest().hex(),
         "head": participant.position.head.hex(),
     }
-    _result(
+    say(
         result,
         f"finished after {result['rounds']} rounds: {counts.committed} contributions of this "
         f"worker, {traffic.sent:,} bytes of messages sent, {traffic.received:,} received\n"
@@ -304,7 +323,7 @@ def evaluate(
         report.close()
         link.close()
     if score is not None:
-        _result(
+        say(
             {"accuracy": score.accuracy, "loss": score.loss, "examples": score.examples},
             f"{'token ' * (config.task.kind == 'causal-lm')}accuracy {score.accuracy:.4f}, "
             f"loss {score.loss:.4f} on {score.examples} examples",
@@ -342,7 +361,7 @@ def export(
         result["merged"] = str(merge.save(base.loaded, position, folder / "merged"))
         result["weights_digest"] = base.replica.digest().hex()
         text += f"\nwrote {result['merged']}: the whole model"
-    _result(result, text, json_output)
+    say(result, text, json_output)
 
 
 @app.command()
@@ -366,7 +385,7 @@ def squeeze(
     base = _load_at(position, model, "cpu", _reporter(json_output))
     kept = squeezing.save(base.loaded, position, rank, folder)
     result = {"folder": str(folder), "rank": rank, "kept": kept}
-    _result(result, squeezing.told(kept, rank, folder), json_output)
+    say(result, squeezing.told(kept, rank, folder), json_output)
 
 
 @app.command()
@@ -380,30 +399,11 @@ def replay(
     position = _position(source)
     base = _load_at(position, model, device, _reporter(json_output))
     digest = base.replica.digest().hex()
-    _result(
+    say(
         {"rounds": position.committed, "head": position.head.hex(), "weights_digest": digest},
         f"{position.committed} rounds replayed\nweights {digest}",
         json_output,
     )
-
-
-@app.command()
-def privacy(
-    run: Annotated[
-        Path | None,
-        typer.Argument(help="A run file: say what noise its settings take. None: what was spent."),
-    ] = None,
-    state: State = None,
-    json_output: Json = False,
-) -> None:
-    """Show the privacy budget spent and left in each run joined here, and what was released."""
-    from lorand_worker import spending
-
-    if run is not None:
-        result, text = spending.expected(load(run))
-    else:
-        result, text = spending.listed(state or state_folder())
-    _result(result, text, json_output)
 
 
 def _position(source: str) -> Any:
@@ -476,10 +476,6 @@ def _set_threads(threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)  # the kernels take as many
-
-
-def _result(result: dict[str, Any], text: str, json_output: bool) -> None:
-    typer.echo(json.dumps(result) if json_output else text)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ commit: a round that went on without this worker changes nothing.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from lorand.codec import Floats
 from lorand.directions import Indices
 from lorand.errors import LorandError
 from lorand.v1 import ledger_pb2 as pb
+from lorand_worker import durable
 
 FORMAT: Final = "lorand/feedback/v1"
 
@@ -160,11 +160,8 @@ class FileMemory(Memory):
             "awaited": after,
             "contribution": np.frombuffer(body, np.uint8),
         }
-        partial = self._place.path.with_suffix(".partial")
         try:
-            with open(partial, "wb", opener=_for_its_owner) as file:
-                file.write(save(arrays, {"lorand": json.dumps(header)}))
-            partial.replace(self._place.path)
+            durable.replace(self._place.path, save(arrays, {"lorand": json.dumps(header)}))
         except OSError as error:
             raise self._unwritten(error) from error
 
@@ -180,7 +177,3 @@ class FileMemory(Memory):
             f"cannot keep error feedback in {self._place.path}: {error}; choose another folder "
             "with --state"
         )
-
-
-def _for_its_owner(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

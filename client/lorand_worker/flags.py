@@ -54,6 +54,26 @@ MaxEpsilon = Annotated[
         "same data file, is at most this.",
     ),
 ]
+TrustCoordinator = Annotated[
+    bool,
+    typer.Option(
+        "--trust-coordinator",
+        help="With --require-privacy or --max-epsilon: runs whose coordinator adds the noise "
+        "(privacy.mode central) are private enough.",
+    ),
+]
+IdentityFile = Annotated[
+    Path | None,
+    typer.Option("--identity", help="Secure sums: this worker's key, of `lr-worker sum key`."),
+]
+RosterFile = Annotated[
+    Path | None,
+    typer.Option("--roster", help="Secure sums: the roster that the members agreed on."),
+]
+MinMembers = Annotated[
+    int,
+    typer.Option(min=0, max=32, help="Secure sums: the fewest members to be summed with."),
+]
 State = Annotated[
     Path | None,
     typer.Option(

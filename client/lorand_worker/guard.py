@@ -27,6 +27,7 @@ class Policy:
     max_epsilon: float | None = None
     max_delta: float = 1e-5
     max_scalars: int = 65536
+    trust_coordinator: bool = False
 
     @property
     def private(self) -> bool:
@@ -75,6 +76,11 @@ def _check_privacy(config: RunConfig, policy: Policy) -> None:
         raise HandshakeError(
             f"this worker takes part only in private runs, and {config.run.name!r} has no "
             "[privacy]; join without --require-privacy and --max-epsilon if that is right"
+        )
+    if policy.private and section.mode == "central" and not policy.trust_coordinator:
+        raise HandshakeError(
+            f"the noise of {config.run.name!r} is added by its coordinator, which sees sums "
+            "without it; join with --trust-coordinator if you do trust it"
         )
     if policy.private and section.delta > policy.max_delta:
         raise HandshakeError(
@@ -158,7 +164,8 @@ def check_identity(ours: Identity, theirs: Identity) -> None:
 def disclosure(config: RunConfig) -> list[str]:
     """Return, as sentences, what leaves this machine in this run."""
     count = config.num_directions
-    codes = f"{count:,} {config.codec.up} code{'s' * (count != 1)}"
+    sent = {"none": config.codec.up, "worker": config.codec.up, "central": "64-bit"}
+    codes = f"{count:,} {sent.get(config.privacy.mode, 'masked')} code{'s' * (count != 1)}"
     lines = [
         f"A round sends {codes}: how the loss on one batch changes along public random directions."
     ]
@@ -186,11 +193,26 @@ def disclosure(config: RunConfig) -> list[str]:
 
 def _noise(config: RunConfig) -> list[str]:
     section = config.privacy
+    where, towards = {
+        "worker": (
+            "Noise is added here, before anything leaves:",
+            "towards everyone, the coordinator included",
+        ),
+        "central": (
+            "The coordinator adds noise to the sum of all workers, and sees each one's sum without "
+            "noise:",
+            "towards everyone but the coordinator, if it does so",
+        ),
+        "secure-sum": (
+            "EXPERIMENTAL, not reviewed outside: nobody sees more than the sum of "
+            f"{config.rounds.quorum} workers or more, and each adds a share of its noise:",
+            f"towards everyone, where {section.honest_min} of those in the sum are honest",
+        ),
+    }[section.mode]
     return [
-        f"Noise is added here, before anything leaves: what all rounds of this run together show "
-        f"of any one example is bounded by epsilon {section.target_epsilon:g}, delta "
-        f"{section.delta:g}, towards everyone, the coordinator included. An example is one line of "
-        "the data: of somebody with several lines more may be seen.",
+        f"{where} what all rounds of this run together show of any one example is bounded by "
+        f"epsilon {section.target_epsilon:g}, delta {section.delta:g}, {towards}. An example is "
+        "one line of the data: of somebody with several lines more may be seen.",
         "Not bounded are what other runs on the same data show, how long a round takes here, and "
         "that this worker takes part.",
     ]

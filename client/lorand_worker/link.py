@@ -28,7 +28,7 @@ CALL_TIMEOUT_S: Final = 30.0
 READ_TIMEOUT_S: Final = 600.0
 EXIT_POLL_S: Final = 1.0
 REQUESTS_QUEUED: Final = 64
-FEATURES: Final = ("checkpoint", "evaluation")
+FEATURES: Final = ("checkpoint", "evaluation", transport.BATCH)
 
 _Result = TypeVar("_Result")
 
@@ -217,7 +217,7 @@ class Stream:
         for message in self._call:
             self._listening = False
             self._traffic.received += message.ByteSize()
-            yield message
+            yield from message.batch.messages or (message,)
             self._heard, self._listening = time.monotonic(), True
 
     def send(self, request: wire.ParticipateRequest) -> None:

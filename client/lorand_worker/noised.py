@@ -8,9 +8,9 @@ import torch
 
 from lorand.config import RunConfig
 from lorand.directions import Indices
-from lorand.privacy.mechanism import Mechanism
+from lorand.privacy.mechanism import Integers, Mechanism
 from lorand_worker.data import PoissonSampler
-from lorand_worker.estimators import Estimator, Losses, Measurement
+from lorand_worker.estimators import Estimator, Losses
 from lorand_worker.local_steps import Standing, Work
 
 
@@ -30,7 +30,7 @@ def alone(losses: Losses) -> Losses:
 
 @dataclass(frozen=True)
 class Noised:
-    """Measures a Poisson sample along the round's directions and releases the noisy mean.
+    """Measures a Poisson sample along the round's directions and releases the noisy sum.
 
     Whatever the examples are, it answers: there is no finite loss to miss and no batch too small.
     """
@@ -53,10 +53,10 @@ class Noised:
         sampler = PoissonSampler(examples, section.sample_rate, section.batch_cap, source)
         return Noised(work.estimator, mechanism, sampler)
 
-    def measure(self, losses: Losses, indices: Indices) -> Measurement:
-        """Return one scalar a direction, and no loss."""
+    def release(self, losses: Losses, indices: Indices) -> Integers:
+        """Return one number a direction, in the mechanism's grid steps."""
         batch = self.sampler.batch()
         vectors = np.empty((0, len(indices)))
         if batch:
             vectors = self.estimator.each(alone(losses), batch, indices)
-        return Measurement(self.mechanism.release(vectors), None)
+        return self.mechanism.steps(vectors)

@@ -5,7 +5,7 @@ The gRPC session and the simulator drive the same object.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -16,12 +16,16 @@ from lorand.config import RunConfig
 from lorand.directions import Indices
 from lorand.errors import ContributionError, LorandError
 from lorand.ledger import Position
+from lorand.privacy.mechanism import Integers
 from lorand.subspaces import elections
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand_worker.budget import Budget
 from lorand_worker.estimators import Measurement, NonFiniteLoss, Order
 from lorand_worker.feedback import Awaited, Memory
+
+if TYPE_CHECKING:  # the library behind it is an extra
+    from lorand.privacy.secure_sum import SumMember
 
 Request = wire.ParticipateRequest
 
@@ -38,6 +42,9 @@ class Bench(Protocol):
 
     def measure(self, order: Order) -> Measurement:
         """Measure on fresh batches at w(A), or after steps from there. Raises NonFiniteLoss."""
+
+    def release(self, indices: Indices) -> Integers:
+        """Return what may leave of a fresh sample, in grid steps: one number a direction."""
 
 
 @dataclass
@@ -93,15 +100,20 @@ class Participant:
         uniform: Callable[[int], Floats] = codec.system_uniform,
         memory: Memory | None = None,
         budget: Budget | None = None,
+        member: "SumMember | None" = None,
     ) -> None:
         """Start at a position; the bench is brought there before the first measurement.
 
         `uniform` draws numbers for unbiased rounding; experiments inject a seeded one. `memory`
         keeps error feedback across a restart; without it, feedback lives as long as this object.
-        `budget` is what a private run is charged to, and such a run is not answered without.
+        `budget` is what a private run is charged to, and such a run is not answered without;
+        `member` this worker's part in the secure sums of a run that has them.
         """
         if position.config.privacy.noised and budget is None:
             raise LorandError("a private run needs a budget, in a folder that outlives this worker")
+        if position.config.privacy.mode == "secure-sum" and member is None:
+            raise LorandError("a run of secure sums needs an identity key and a roster")
+        self.member = member
         self._budget = budget if position.config.privacy.noised else None
         self._uniform = uniform
         self._memory = memory or Memory(position.config.directions.pool_size)
@@ -196,7 +208,7 @@ class Participant:
             return self._release(start, order, self._budget, self.worker)
         try:
             measured = self._bench.measure(order)
-            coded = self._encode(measured, indices, start.scale_exponent)
+            coded = self._encode(measured.values, indices, start.scale_exponent)
         except (NonFiniteLoss, ContributionError) as error:
             self.counts.skipped += 1
             skip = wire.Skip(round_index=start.round_index, reason=str(error))
@@ -232,20 +244,38 @@ class Participant:
         are. An error ends this worker instead.
         """
         budget.check()
-        measured = self._bench.measure(order)
-        assert measured.loss is None, "what comes with noise comes alone"
-        coded = self._encode(measured, order.indices, start.scale_exponent)
-        packed = codec.pack(self.position.config.codec.up, coded.codes)
-        contribution = pb.Contribution(round_index=start.round_index, codes=packed)
+        contribution = pb.Contribution(round_index=start.round_index)
+        match self.position.config.privacy.mode:
+            case "worker":
+                steps = self._bench.release(order.indices)
+                mean = budget.mechanism(self.position.config).mean(steps)
+                coded = self._encode(mean, order.indices, start.scale_exponent)
+                contribution.codes = codec.pack(self.position.config.codec.up, coded.codes)
+            case "central":
+                contribution.sum = self._bench.release(order.indices).astype("<i8").tobytes()
+            case "secure-sum":
+                contribution.sum = self._masked(start, order.indices)
         budget.charge((start.round_index, order.committed, worker), contribution)
         self.counts.measured += 1
         return Request(contribution=contribution)
 
-    def _encode(self, measured: Measurement, indices: Indices, scale_exponent: int) -> Coded:
-        assert measured.values.shape == indices.shape
-        assert np.isfinite(measured.values).all()
+    def _masked(self, start: wire.RoundStart, indices: Indices) -> bytes:
+        """Return what may leave of a sample that is drawn for this attempt, under its masks.
+
+        Raises HandshakeError where the sum is not what this worker agreed to.
+        """
+        assert self.member is not None
+        attempt = self.member.open(
+            start.sum_attempt,
+            round_index=start.round_index,
+            length=len(indices),
+            state_digest=self.position.head,
+        )
+        return attempt.mask(self._bench.release(indices))
+
+    def _encode(self, values: Floats, indices: Indices, scale_exponent: int) -> Coded:
+        assert values.shape == indices.shape
+        assert np.isfinite(values).all()
         config = self.position.config
         uniform = self._uniform(len(indices)) if config.codec.rounding == "unbiased" else None
-        return encode(
-            config, measured.values, scale_exponent, self._memory.feedback[indices], uniform
-        )
+        return encode(config, values, scale_exponent, self._memory.feedback[indices], uniform)

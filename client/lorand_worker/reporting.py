@@ -1,8 +1,11 @@
 """What a worker shows its owner: notes, and a progress bar where there is a terminal."""
 
+import json
 import logging
 import time
+from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -69,6 +72,11 @@ class ConsoleReporter:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def say(result: dict[str, Any], text: str, json_output: bool) -> None:
+    """Write a command's result to standard output, for scripts or for people."""
+    typer.echo(json.dumps(result) if json_output else text)
 
 
 class _Notes(logging.Handler):

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lorand import ledger
 from lorand.config import PROTOCOL_VERSION, RunConfig
@@ -20,6 +20,9 @@ from lorand_worker.budget import Budget
 from lorand_worker.link import FEATURES, Link, Retry, Stream
 from lorand_worker.participant import Bench, Participant
 from lorand_worker.tasks import Score
+
+if TYPE_CHECKING:  # the library behind it is an extra
+    from lorand.privacy.secure_sum import SumMember
 
 
 class Reporter(Protocol):
@@ -46,6 +49,8 @@ class Session:
     """Folder in which what must survive a restart is kept; None: nothing does."""
     budget: Budget | None = None
     """What a private run is charged to."""
+    member: "SumMember | None" = None
+    """This worker's part in the secure sums of a run that has them."""
 
     def __post_init__(self) -> None:
         """Begin before entry 0, with a new session number."""
@@ -56,7 +61,9 @@ class Session:
             place = feedback.Place(self.state, start.run_digest, self.name)
             size = self.config.directions.pool_size
             memory = feedback.FileMemory(size, place, self.report.note)
-        self.participant = Participant(start, self.bench, memory=memory, budget=self.budget)
+        self.participant = Participant(
+            start, self.bench, memory=memory, budget=self.budget, member=self.member
+        )
 
     def run(self) -> Participant:
         """Take part until the run is finished; return the participant at the end of the ledger.
@@ -121,6 +128,7 @@ class Session:
             features=FEATURES,
             session=self._session,
             cosines_digest=cosines.digest_of(self.config, self.identity.manifest),
+            sum_key=b"" if self.member is None else self.member.announcement,
         )
 
     def _handle(self, stream: Stream, message: wire.ParticipateResponse) -> None:
@@ -141,6 +149,9 @@ class Session:
                     reason = entry.abandon.reason
                     self.report.note(f"round {entry.round_index} was abandoned: {reason}")
                 self._show()
+            case "sum_keys":
+                if self.member is not None:
+                    self.member.agree(message.sum_keys.announcements)
             case "round_start":
                 request = participant.on_round_start(message.round_start)
                 if request.HasField("skip"):

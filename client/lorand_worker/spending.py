@@ -54,10 +54,11 @@ def open_budget(
 
 def _said(config: RunConfig, account: Account) -> str:
     release, section = account.release, config.privacy
-    error = release.multiplier * section.clip_bound / config.estimator.batch_size
+    error = _on_a_scalar(config, release.multiplier)
+    what = "scalar of the mean of all" if section.summed else "scalar"
     return (
         f"noise multiplier {release.multiplier:.4g}: {release.noise} noise of scale {error:.3g} on "
-        f"each scalar, for {account.limit} releases, of which {account.charged} are made"
+        f"each {what}, for {account.limit} releases, of which {account.charged} are made"
     )
 
 
@@ -66,11 +67,14 @@ def expected(config: RunConfig) -> tuple[dict[str, Any], str]:
     section = config.privacy
     if not section.noised:
         raise ConfigError(
-            f'the run {config.run.name!r} has no privacy: set privacy.mode = "worker"'
+            f'the run {config.run.name!r} has no privacy: set privacy.mode = "worker", or another'
         )
     release = plan.planned(config)
     spent = accountant.epsilon(release, config.releases, section.delta)
-    error = release.multiplier * section.clip_bound / config.estimator.batch_size
+    error = _on_a_scalar(config, release.multiplier)
+    whose = "each worker's scalars carry"
+    if section.summed:
+        whose = f"the mean of {config.rounds.quorum} workers' scalars carries"
     result = {
         "noise_multiplier": release.multiplier,
         "epsilon": spent,
@@ -80,9 +84,16 @@ def expected(config: RunConfig) -> tuple[dict[str, Any], str]:
     }
     return result, (
         f"epsilon {spent:.4g} at delta {section.delta:g} after {config.releases} releases takes a "
-        f"noise multiplier of {release.multiplier:.4g}: each worker's scalars carry "
-        f"{section.mechanism} noise of scale {error:.3g}"
+        f"noise multiplier of {release.multiplier:.4g}: {whose} {section.mechanism} noise of scale "
+        f"{error:.3g}"
     )
+
+
+def _on_a_scalar(config: RunConfig, multiplier: float) -> float:
+    """Return the scale of the noise on a released scalar: of a worker, or of the mean of all."""
+    section = config.privacy
+    parties = config.rounds.quorum if section.summed else 1
+    return multiplier * section.clip_bound / (config.estimator.batch_size * parties)
 
 
 def listed(folder: Path) -> tuple[dict[str, Any], str]:

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Final
 
-import numpy as np
 import torch
 
-from lorand.manifest import Manifest, TensorSpec
+from lorand.manifest import TensorSpec
 from lorand.replica import WholeReplica
 from lorand.subspaces import cosines
-from lorand.subspaces.basis import length, side
+from lorand.subspaces.basis import largest, length, side
 from lorand.subspaces.elections import Columns
 from lorand_worker.estimators import Loss, finite
 
@@ -31,12 +30,13 @@ def vote(
     is made of. Raises NonFiniteLoss.
     """
     energies = {tid: torch.zeros(0) for tid in elect}
-    number = {spec.name: tid for tid, spec in enumerate(replica.manifest.tensors)}
+    specs = replica.manifest.tensors
+    number = {spec.name: tid for tid, spec in enumerate(specs)}
 
     def add(name: str, gradient: torch.Tensor) -> None:
         tid = number[name]
         if tid in energies:
-            now = energy(replica.manifest.tensors[tid], gradient, kind)
+            now = energy(specs[tid], gradient, kind)
             energies[tid] = energies[tid] + now if energies[tid].numel() else now
 
     replica.settle()
@@ -45,7 +45,7 @@ def vote(
             value = loss(batches())
             finite(value.detach())
             value.backward()  # type: ignore[no-untyped-call]
-    return chosen(replica.manifest, energies)
+    return {tid: largest(now.cpu().numpy(), specs[tid].rank) for tid, now in energies.items()}
 
 
 def energy(spec: TensorSpec, gradient: torch.Tensor, kind: str) -> torch.Tensor:
@@ -57,12 +57,3 @@ def energy(spec: TensorSpec, gradient: torch.Tensor, kind: str) -> torch.Tensor:
         rows = torch.from_numpy(cosines.table(n)).to(wide.device).float()
         wide = wide @ rows.T * 2.0**-cosines.BITS
     return wide.square().sum(dim=0)
-
-
-def chosen(manifest: Manifest, energies: dict[int, torch.Tensor]) -> Columns:
-    """Return the columns with most energy, ascending; of equal ones those with lower indices."""
-    result = {}
-    for tid, values in energies.items():
-        order = np.argsort(-values.cpu().numpy(), kind="stable")
-        result[tid] = np.sort(order[: manifest.tensors[tid].rank]).astype(np.int64)
-    return result

@@ -60,6 +60,7 @@ def position(adapter: Adapter) -> Position:
         committed=adapter.committed,
         head=adapter.head,
         closed=adapter.closed,
+        elections=adapter.elections,
     )
 
 

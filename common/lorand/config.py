@@ -89,6 +89,7 @@ ADDED_LATER: Final[dict[str, dict[str, object]]] = {
         "spare_rounds": 0,
         "batch_cap": 0,
         "max_examples": 0,
+        "honest_min": 0,
     },
 }
 """Settings that the first runs did not have: at these values they are not part of the identity."""

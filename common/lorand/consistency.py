@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from lorand.privacy.roster import MAX_MEMBERS, MIN_MEMBERS
+
 if TYPE_CHECKING:
     from lorand.config import RunConfig
 
@@ -22,6 +24,7 @@ def refusals(config: "RunConfig") -> Refusals:
         _subspace(config),
         _state(config),
         _private(config),
+        _summed(config),
         _run(config),
     )
 
@@ -153,14 +156,13 @@ def _taken(config: "RunConfig") -> Refusals:
 def _subspace(config: "RunConfig") -> Refusals:
     """Subspaces, and when they are chosen anew."""
     section, rotate = config.subspace, config.directions.rotate_every
-    shared = section.kind in ("coordinate", "dct")
     yield (
         section.kind == "svd" and config.local.space != "weights",
         'subspace.kind = "svd" is a worker\'s own basis, from gradients of its local steps: set '
         'local.space = "weights" with estimator.kind = "backprop", or kind = "coordinate" or "dct"',
     )
     yield (
-        section.selection == "voted" and not shared,
+        section.selection == "voted" and not section.restricts,
         'subspace.selection = "voted" elects columns: set subspace.kind = "coordinate" or "dct"',
     )
     yield (
@@ -175,7 +177,11 @@ def _subspace(config: "RunConfig") -> Refusals:
     )
     yield (
         section.weights != "float"
-        and (not shared or section.state != "none" or section.refresh_every not in (0, rotate)),
+        and (
+            not section.restricts
+            or section.state != "none"
+            or section.refresh_every not in (0, rotate)
+        ),
         f'subspace.weights = "{section.weights}" rounds matrices once a subspace: set '
         'subspace.kind = "coordinate" or "dct", state = "none", and refresh_every = '
         'directions.rotate_every; or weights = "float"',
@@ -187,7 +193,9 @@ def _subspace(config: "RunConfig") -> Refusals:
     )
     yield (
         section.probe
-        and not (shared and rotate > 0 and section.state == "none" and not config.local.taken),
+        and not (
+            section.restricts and rotate > 0 and section.state == "none" and not config.local.taken
+        ),
         "subspace.probe compares scalars of the subspace with some of full space: that needs a "
         'subspace.kind of "coordinate" or "dct", directions.rotate_every, subspace.state = "none" '
         "and no local steps; or set probe = false",
@@ -233,7 +241,7 @@ def _state(config: "RunConfig") -> Refusals:
     kept = section.state != "none"
     name = f'subspace.state = "{section.state}"'
     yield (
-        kept and not (section.kind in ("coordinate", "dct") and section.selection == "drawn"),
+        kept and not (section.restricts and section.selection == "drawn"),
         f'{name} is kept in subspaces that are drawn: set subspace.kind = "coordinate" or "dct" '
         'and selection = "drawn"',
     )
@@ -305,6 +313,41 @@ def _private(config: "RunConfig") -> Refusals:
         section.batch_cap > 0 and section.mechanism == "laplace",
         'what a privacy.batch_cap costs is known for mechanism = "gaussian" alone: set '
         "privacy.batch_cap = 0 and max_examples = 0",
+    )
+
+
+def _summed(config: "RunConfig") -> Refusals:
+    """What cannot be done with the sum of all participants alone."""
+    section, rounds = config.privacy, config.rounds
+    name, secure = f'privacy.mode = "{section.mode}"', section.mode == "secure-sum"
+    yield (
+        section.summed and config.directions.mode == "own",
+        f"{name} sums what all measured along the same directions: set directions.mode = "
+        '"shared", or privacy.mode = "worker"',
+    )
+    yield (
+        section.summed and rounds.aggregation == "majority",
+        f'{name} knows nobody\'s sign: set rounds.aggregation = "mean", or privacy.mode = "worker"',
+    )
+    yield (
+        secure and section.mechanism == "laplace",
+        "shares of Laplace noise do not add up to Laplace noise: with privacy.mode = "
+        '"secure-sum" set privacy.mechanism = "gaussian"',
+    )
+    yield (
+        secure and not MIN_MEMBERS <= rounds.quorum <= MAX_MEMBERS,
+        f"a secure sum has {MIN_MEMBERS} to {MAX_MEMBERS} members: set rounds.quorum to the "
+        "fewest that may be summed",
+    )
+    yield (
+        secure and not 0 < section.honest_min <= rounds.quorum,
+        "privacy.honest_min is how many members' noise has to suffice, whatever the others do: "
+        f"set it to 1 to {rounds.quorum} (rounds.quorum); the smaller, the more noise",
+    )
+    yield (
+        not secure and section.honest_min > 0,
+        'privacy.honest_min is for shares of noise: set privacy.mode = "secure-sum", or '
+        "honest_min = 0",
     )
 
 

@@ -116,6 +116,8 @@ def pool_of(
     config: RunConfig, identity: Identity, number: int, elections: Elections | None = None
 ) -> Pool:
     """Return a pool of a run, with the basis that directions act in."""
+    if not config.subspace.restricts:
+        return config.pool(identity, number)
     first = periods.first_pool(config, periods.period(config, number))
     key = config.pool(identity, first).key
     basis = (elections or Elections()).basis(config, identity.manifest, number, key)

@@ -169,11 +169,13 @@ class PrivacySection(Section):
     """Noise that bounds what the run shows of any one example; see `lorand.privacy`.
 
     `worker`: every worker adds it before anything leaves, so that nobody else has to be trusted.
+    `central`: the coordinator, which everyone trusts, adds it once to the sum of all. `secure-sum`:
+    each adds a share, so that `honest_min` shares are enough, and nobody sees more than the sum.
     The noise multiplier is no setting: it follows from target_epsilon, delta, sample_rate and the
     rounds of the run, `spare_rounds` included (those that are abandoned and show something too).
     """
 
-    mode: Literal["none", "worker"] = "none"
+    mode: Literal["none", "worker", "central", "secure-sum"] = "none"
     mechanism: Literal["gaussian", "laplace"] = "gaussian"
     target_epsilon: Annotated[float, Field(gt=0, le=100)] = 8.0
     delta: Annotated[float, Field(ge=0, le=1e-3)] = 1e-5
@@ -182,8 +184,14 @@ class PrivacySection(Section):
     spare_rounds: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     batch_cap: Annotated[int, Field(ge=0, le=65536)] = 0
     max_examples: Annotated[int, Field(ge=0, le=2**31)] = 0
+    honest_min: Annotated[int, Field(ge=0, le=32)] = 0
 
     @property
     def noised(self) -> bool:
-        """Whether what leaves a worker carries noise, and nothing leaves without."""
+        """Whether what the run shows of an example is bounded by noise, whoever adds it."""
         return self.mode != "none"
+
+    @property
+    def summed(self) -> bool:
+        """Whether noise is that of the sum of all participants, and only the sum is kept."""
+        return self.mode in ("central", "secure-sum")

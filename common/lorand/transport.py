@@ -7,8 +7,10 @@ from lorand.config import RunConfig
 CHUNK_BYTES: Final = 128 << 10
 """Size of a chunk of a checkpoint, and the target size of a page of entries."""
 BASE_MESSAGE_BYTES: Final = 256 << 10
-MAX_MESSAGE_BYTES: Final = BASE_MESSAGE_BYTES + (5 << 20)
-"""Largest message of any run: K = 2^20 codes of four bytes, and a manifest of many names."""
+MAX_MESSAGE_BYTES: Final = BASE_MESSAGE_BYTES + (9 << 20)
+"""Largest message of any run: K = 2^20 numbers of eight bytes, and a manifest of many names."""
+BATCH: Final = "batch"
+"""The feature of workers that take several messages at once."""
 METADATA_BYTES: Final = 16 << 10
 
 KEEPALIVE_MS: Final = 60_000
@@ -18,7 +20,7 @@ SERVER_MIN_PING_MS: Final = 30_000
 
 def message_limit(config: RunConfig) -> int:
     """Return the largest message a coordinator of this run takes: 256 KiB plus a round's codes."""
-    return BASE_MESSAGE_BYTES + 4 * config.num_directions
+    return BASE_MESSAGE_BYTES + (8 if config.privacy.summed else 4) * config.num_directions
 
 
 def channel_options() -> list[tuple[str, int]]:

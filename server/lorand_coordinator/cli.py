@@ -20,6 +20,8 @@ from lorand import ledger, runfile, transport
 from lorand.config import RunConfig, load
 from lorand.errors import ConfigError, ConnectionLost, LedgerError, LorandError
 from lorand.manifest import Identity
+from lorand.privacy import plan
+from lorand.privacy.roster import Roster
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
 from lorand_coordinator import diagnostics, history, payoff, presets, refinement, show
@@ -27,6 +29,7 @@ from lorand_coordinator.hub import Hub
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.service import serve as serve_hub
 from lorand_coordinator.store import SqliteStore
+from lorand_coordinator.summing import CentralSum, Summing
 
 EXIT_CODES = """Exit codes: 0 done; 2 wrong run file or flag; 5 refused; 6 ledger damaged, in use or
 of another run; 7 coordinator not reached; 1 anything else; 130 interrupted."""
@@ -75,6 +78,10 @@ def serve(
     run: Annotated[Path, typer.Argument(help="The run file.")],
     address: Annotated[str, typer.Option(help="HOST:PORT; port 0 picks a free one.")] = "",
     ledger_path: Annotated[Path | None, typer.Option("--ledger", help="The ledger file.")] = None,
+    roster: Annotated[
+        Path | None,
+        typer.Option(help="Secure sums: the members' roster; default: roster.json by the run."),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Serve a run until interrupted. Started again, it goes on where the ledger ends."""
@@ -108,22 +115,37 @@ def serve(
             f"`lr-worker prepare {run}`"
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    summing = _summing(config, roster or run.with_name("roster.json"))
     path = ledger_path or Path(config.service.ledger or run.with_name(f"{config.run.name}.ledger"))
     store = SqliteStore(path)
     try:
-        asyncio.run(_serve(config, store, identity, json_output))
+        asyncio.run(_serve(Sequencer(config, store, identity, summing), json_output))
     finally:
         store.close()
 
 
-async def _serve(
-    config: RunConfig, store: SqliteStore, identity: Identity | None, json_output: bool
-) -> None:
+def _summing(config: RunConfig, roster: Path) -> Summing | None:
+    """Return what makes the noisy sums of a run that has them. Raises ConfigError."""
+    if not config.privacy.summed:
+        return None
+    members = None
+    if config.privacy.mode == "secure-sum":
+        from lorand_coordinator.masked import SecureSum
+
+        members = Roster.read(roster)
+    logging.getLogger("lorand.coordinator").info("calculating the noise of the sums")
+    multiplier = plan.planned(config).multiplier
+    if members is None:
+        return CentralSum(config, multiplier)
+    return SecureSum(config, members, multiplier)
+
+
+async def _serve(sequencer: Sequencer, json_output: bool) -> None:
+    config = sequencer.config
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    sequencer = Sequencer(config, store, identity)
 
     def ready(bound: str) -> None:
         if json_output:
@@ -131,7 +153,7 @@ async def _serve(
         else:
             out(
                 f"run {config.run.name!r}: {sequencer.engine.committed} of {config.run.rounds} "
-                f"rounds committed, {len(store)} entries; listening on {bound}"
+                f"rounds committed, {len(sequencer.store)} entries; listening on {bound}"
             )
         sys.stdout.flush()
 

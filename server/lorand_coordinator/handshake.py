@@ -7,6 +7,7 @@ from lorand.errors import HandshakeError
 from lorand.ledger import Position
 from lorand.subspaces import cosines
 from lorand.v1 import coordination_pb2 as wire
+from lorand_coordinator.store import Store
 
 MAX_NAME: Final = 64
 
@@ -61,3 +62,20 @@ def check_identity(hello: wire.Hello, position: Position) -> None:
                 f"the worker's {what} ({theirs.hex()[:16] or 'none'}) is not the coordinator's "
                 f"({ours.hex()[:16]}); {advice}"
             )
+
+
+def check_history(hello: wire.Hello, store: Store) -> None:
+    """Raise HandshakeError unless what the worker has applied is the beginning of the ledger."""
+    count = len(store)
+    if hello.next_sequence > count:
+        raise HandshakeError(
+            f"the worker has applied {hello.next_sequence} entries, the coordinator's ledger "
+            f"holds {count}: it was rolled back; restore the ledger, or restart the worker"
+        )
+    ours = store.digest(hello.next_sequence - 1)
+    if hello.next_sequence and hello.head != ours:
+        raise HandshakeError(
+            f"the histories differ at entry {hello.next_sequence - 1}: the worker has "
+            f"{hello.head.hex()[:16]}, the coordinator {ours.hex()[:16]}; one of them is of "
+            "another run or was changed"
+        )

@@ -10,8 +10,8 @@ from lorand.directions import Draws
 from lorand.errors import LedgerError
 from lorand.ledger import Position
 from lorand.v1 import ledger_pb2 as pb
-from lorand_coordinator import payoff, show
-from lorand_coordinator.aggregation import Report, report
+from lorand_coordinator import folding, payoff, show
+from lorand_coordinator.aggregation import Report
 from lorand_coordinator.store import SqliteStore
 
 
@@ -62,7 +62,7 @@ def _rounds(position: Position, store: SqliteStore) -> Iterator[Round]:
             ledger.check_contributions(entry, parts)
             stored = [pb.StoredContribution.FromString(part) for part in parts]
             count = entry.commit.directions
-            reports = {part.worker: report(config, part.contribution, count) for part in stored}
+            reports = folding.reports(config, stored, count)
             yield Round(
                 entry.round_index,
                 draws,

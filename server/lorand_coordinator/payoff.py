@@ -33,7 +33,7 @@ from lorand.subspaces import periods
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import diagnostics
 from lorand_coordinator.aggregation import Report
-from lorand_coordinator.diagnostics import MANY_CLIPPED, Finding
+from lorand_coordinator.diagnostics import MANY_CLIPPED, Finding, Recent
 
 SIDE: Final = 3
 """So many periods on either side of a probe are compared with it."""
@@ -284,6 +284,12 @@ def fails(seen: Comparison) -> bool:
     """Return whether the subspace is known to make less than LEAST of full space's progress."""
     progress = kept(seen).progress
     return progress is not None and progress[0] + 2 * progress[1] < LEAST
+
+
+def told(recent: Recent, seen: Comparison) -> list[Finding]:
+    """Return what is worth saying of the last rounds and of the run's subspace, warnings first."""
+    found = [*recent.findings(), *findings(recent.config, seen)]
+    return sorted(found, key=lambda finding: not finding.warning)
 
 
 def findings(config: RunConfig, seen: Comparison) -> list[Finding]:

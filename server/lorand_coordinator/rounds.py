@@ -26,6 +26,8 @@ class Settings:
     start_with: int
     deadline_s: float
     commit_retry_s: float
+    all_or_nothing: bool = False
+    """Whether a round commits with all participants or not at all (secure sums)."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,14 @@ class AppendFailed:
     why: str
 
 
-Event = Joined | Left | Reported | Skipped | Tick | Appended | AppendFailed
+@dataclass(frozen=True)
+class Unsound:
+    """What the last Commit asked for cannot be made of these contributions, now or later."""
+
+    why: str
+
+
+Event = Joined | Left | Reported | Skipped | Tick | Appended | AppendFailed | Unsound
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,10 @@ Append = Commit | Abandon | Finish
 
 @dataclass(frozen=True)
 class State:
-    """Everything the engine knows. `pending` is the append that is under way or failed."""
+    """Everything the engine knows. `pending` is the append that is under way or failed.
+
+    Of `late`, who cost an all-or-nothing round and was not heard of since, no round is made again.
+    """
 
     phase: Phase = "selection"
     round_index: int = 1
@@ -136,6 +148,7 @@ class State:
     participants: frozenset[int] = frozenset()
     contributions: Mapping[int, bytes] = field(default_factory=dict)
     skipped: frozenset[int] = frozenset()
+    late: frozenset[int] = frozenset()
     deadline: float = 0.0
     pending: Append | None = None
     retry_at: float | None = None
@@ -159,14 +172,14 @@ def _take(
     """Note what happened, without deciding about the round."""
     match event:
         case Joined(worker):
-            state = replace(state, members=state.members | {worker})
+            state = replace(state, members=state.members | {worker}, late=state.late - {worker})
             waited_for = state.participants - state.skipped - state.contributions.keys()
             if state.phase == "reporting" and worker in waited_for:
                 return state, (StartRound(state.round_index, (worker,)),)
         case Left(worker):
             state = replace(state, members=state.members - {worker})
-        case Reported():
-            return _report(state, event)
+        case Reported(worker):
+            return _report(replace(state, late=state.late - {worker}), event)
         case Skipped(worker, round_index):
             waited_for = state.participants - state.contributions.keys()
             if (state.phase, state.round_index) == ("reporting", round_index):
@@ -176,6 +189,8 @@ def _take(
         case AppendFailed(why):
             assert state.pending is not None, "an append failed that nobody asked for"
             state = replace(state, retry_at=now + settings.commit_retry_s, trouble=why)
+        case Unsound(why):
+            return _append(state, Abandon(state.round_index, why))
         case Tick():
             pass
     return state, ()
@@ -237,14 +252,15 @@ def _advance(settings: Settings, state: State, now: float) -> tuple[State, tuple
     if state.phase == "selection":
         if state.committed >= settings.rounds:
             return _append(state, Finish(state.committed))
-        if len(state.members) >= _needed(settings, state) and now >= state.rest_until:
+        present = state.members - state.late
+        if _missing(settings, state) <= 0 and now >= state.rest_until:
             state = replace(
                 state,
                 phase="reporting",
-                participants=state.members,
+                participants=present,
                 deadline=now + settings.deadline_s,
             )
-            return state, (StartRound(state.round_index, tuple(sorted(state.members))),)
+            return state, (StartRound(state.round_index, tuple(sorted(present))),)
     if state.phase == "reporting":
         return _judge(settings, state, now)
     return state, ()
@@ -255,6 +271,8 @@ def _judge(settings: Settings, state: State, now: float) -> tuple[State, tuple[E
     reported = len(state.contributions)
     awaited = state.participants - state.skipped - state.contributions.keys()
     late = now >= state.deadline
+    if settings.all_or_nothing:
+        return _judge_whole(state, late)
     if reported >= settings.quorum and (late or not awaited):
         return _append(state, Commit(state.round_index, state.contributions))
     if late or reported + len(awaited) < settings.quorum:
@@ -268,12 +286,29 @@ def _judge(settings: Settings, state: State, now: float) -> tuple[State, tuple[E
     return state, ()
 
 
+def _judge_whole(state: State, late: bool) -> tuple[State, tuple[Effect, ...]]:
+    """Commit when everyone answered; give up when somebody will not, or did not in time."""
+    missing = state.participants - state.contributions.keys()
+    if not missing:
+        return _append(state, Commit(state.round_index, state.contributions))
+    gone = missing & state.skipped | missing - state.members
+    if late or gone:
+        who = ", ".join(map(str, sorted(gone or missing)))
+        why = f"the sum of {len(state.participants)} participants is nothing without worker {who}"
+        if late:
+            state = replace(state, late=state.late | missing - state.skipped)
+        return _append(state, Abandon(state.round_index, why))
+    return state, ()
+
+
 def _append(state: State, entry: Append) -> tuple[State, tuple[Effect, ...]]:
     return replace(state, phase="committing", pending=entry), (entry,)
 
 
-def _needed(settings: Settings, state: State) -> int:
-    return max(settings.quorum, settings.start_with if state.committed == 0 else 0)
+def _missing(settings: Settings, state: State) -> int:
+    """Return how many workers more a round may begin with; who is late counts for start_with."""
+    first = settings.start_with if state.committed == 0 else 0
+    return max(first - len(state.members), settings.quorum - len(state.members - state.late))
 
 
 def reason(settings: Settings, state: State, now: float) -> str:
@@ -291,7 +326,7 @@ def reason(settings: Settings, state: State, now: float) -> str:
         doing = "abandoning" if isinstance(state.pending, Abandon) else "committing"
         return f"{doing} round {state.round_index}"
     if state.phase == "selection":
-        missing = _needed(settings, state) - len(state.members)
+        missing = _missing(settings, state)
         if missing <= 0:
             wait = max(0.0, state.rest_until - now)
             return f"resting after an abandoned round, for {wait:.0f} s"

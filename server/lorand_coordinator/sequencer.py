@@ -6,13 +6,13 @@ in a returned message.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 
-from lorand import codec, ledger
+from lorand import ledger
 from lorand.codec import SCALE_EXPONENTS
 from lorand.config import RunConfig
 from lorand.errors import ContributionError, HandshakeError, LedgerError
@@ -23,14 +23,19 @@ from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import (
     aggregation,
     diagnostics,
+    folding,
     handshake,
     optimizer,
     payoff,
     rounds,
     subspace,
+    summing,
 )
-from lorand_coordinator.snapshot import pack_state, unpack_state
+from lorand_coordinator.aggregation import Report
+from lorand_coordinator.folding import Carried
+from lorand_coordinator.snapshot import pack_state, resumed
 from lorand_coordinator.store import Checkpoint, Store, StoreUnavailable
+from lorand_coordinator.summing import Summing, UnsoundSum
 
 EVALUATIONS_KEPT: Final = 1000
 MAX_REASON: Final = 300
@@ -44,6 +49,8 @@ class Outgoing:
 
     worker: int
     message: Message
+    can_wait: bool = False
+    """Whether nothing is lost when it comes with the next message that cannot wait."""
 
 
 @dataclass
@@ -67,17 +74,27 @@ class Tally:
 class Sequencer:
     """One run: engine, optimizer state, ledger and who is connected."""
 
-    def __init__(self, config: RunConfig, store: Store, identity: Identity | None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Store,
+        identity: Identity | None,
+        summing: Summing | None = None,
+    ) -> None:
         """Open the run in the store, or begin it there when the identity is known.
 
-        Raises LedgerError when the store holds another run.
+        `summing` is what makes the noisy sums of a run that keeps nothing else. Raises LedgerError
+        when the store holds another run.
         """
+        assert config.privacy.summed == (summing is not None)
         self.config = config
         self.store = store
         self.tally = Tally()
         self.recent = diagnostics.Recent(config)
-        self.comparison = payoff.Comparison()
         self.reason = ""
+        self._carried = folding.start(config)
+        self._summing = summing
+        self._sum: tuple[int, pb.StoredContribution] | None = None
         self._waiting_identity = identity
         self._settings = rounds.Settings(
             rounds=config.run.rounds,
@@ -85,12 +102,13 @@ class Sequencer:
             start_with=config.rounds.start_with,
             deadline_s=config.rounds.deadline_s,
             commit_retry_s=config.service.commit_retry_s,
+            all_or_nothing=summing is not None and summing.all_or_nothing,
         )
         self.engine = rounds.State()
         self._position: Position | None = None
-        self._optimizer = optimizer.start(config)
         if len(store):
             self._reopen(identity)
+            self._give_up_what_is_lost()
         elif identity is not None:
             self._begin(identity)
 
@@ -119,7 +137,8 @@ class Sequencer:
         position = start
         checkpoint = self.store.newest_checkpoint()
         if checkpoint is not None:
-            position, self._optimizer = self._from_checkpoint(start, checkpoint)
+            position, state = resumed(start, checkpoint, self.store)
+            self._carried = Carried(state, self.comparison)
         committed_before = position.next_sequence
         last: deque[pb.Entry] = deque(maxlen=self.recent.window)
         for body in self.store.entries():
@@ -136,48 +155,40 @@ class Sequencer:
             raise LedgerError("the optimizer's coefficients are not those of the ledger")
         for entry in last:
             stored = map(pb.StoredContribution.FromString, self.store.contributions(entry.sequence))
-            reports = self._reports(stored, entry.commit.directions)
+            reports = folding.reports(self.config, stored, entry.commit.directions)
             self._note_scalars(entry.commit.scale_exponent, reports)
         self._position = position
-
-    def _from_checkpoint(
-        self, start: Position, checkpoint: Checkpoint
-    ) -> tuple[Position, optimizer.State]:
-        size = self.config.directions.pool_size
-        coefficients = ledger.unpack_coefficients(checkpoint.coefficients, size)
-        if self.store.digest(checkpoint.sequence) != checkpoint.head:
-            raise LedgerError("a checkpoint does not belong to the ledger it is stored with")
-        state = unpack_state(checkpoint.state, coefficients, checkpoint.committed)
-        position = Position(
-            start.config,
-            start.identity,
-            start.draws,
-            coefficients,
-            checkpoint.sequence + 1,
-            checkpoint.head,
-            checkpoint.committed,
-        )
-        return position, state
 
     def _repeat(self, position: Position, entry: pb.Entry) -> None:
         """Fold a stored round into what is carried on; ΔA and the rest must come out as written."""
         bodies = self.store.contributions(entry.sequence)
         ledger.check_contributions(entry, bodies)
         stored = [pb.StoredContribution.FromString(body) for body in bodies]
-        reports = self._reports(stored, entry.commit.directions)
-        comparison = self._compare(position, stored, reports)
-        after, update = optimizer.advance(
-            self.config, position.draws, self._optimizer, entry.round_index, reports
-        )
-        gives_up = comparison.given_up and not self.comparison.given_up
-        repeated = (update.scale, self._pack_codes(update), gives_up)
         commit = entry.commit
-        if repeated != (commit.scale, commit.codes, commit.gives_up_subspace):
+        folded = folding.fold(
+            self.config, position, self._carried, entry.round_index, stored, commit.directions
+        )
+        if folded.written != (commit.scale, commit.codes, commit.gives_up_subspace):
             raise LedgerError(
                 f"round {entry.round_index} does not repeat to what the ledger holds; continue this"
                 " run with the LoRand and numpy versions that wrote it"
             )
-        self._optimizer, self.comparison = after, comparison
+        self._carried = folded.after
+
+    def _give_up_what_is_lost(self) -> None:
+        """Abandon the round that a secure sum was in: its masked vectors are gone with a process.
+
+        Workers who answered would repeat their answers to what is no longer asked.
+        """
+        if (
+            self._settings.all_or_nothing
+            and self.tally.accounts
+            and self.engine.phase != "finished"
+        ):
+            abandon = pb.Abandon(reason="the coordinator was started again")
+            entry = pb.Entry(round_index=self.engine.round_index, abandon=abandon)
+            self._append(entry)
+            self._count(entry)
 
     def _count(self, entry: pb.Entry) -> None:
         """Keep the figures and the engine's counters in step with an entry."""
@@ -212,6 +223,15 @@ class Sequencer:
     # -- what others ask -------------------------------------------------------------------------
 
     @property
+    def comparison(self) -> payoff.Comparison:
+        """What the rounds so far tell of the subspace against full space."""
+        return self._carried.comparison
+
+    @property
+    def _optimizer(self) -> optimizer.State:
+        return self._carried.optimizer
+
+    @property
     def position(self) -> Position | None:
         """Where the ledger ends; None until an identity is adopted."""
         return self._position
@@ -223,8 +243,7 @@ class Sequencer:
 
     def findings(self) -> list[diagnostics.Finding]:
         """Return what the run's scalars tell, warnings first."""
-        found = [*self.recent.findings(), *payoff.findings(self.config, self.comparison)]
-        return sorted(found, key=lambda finding: not finding.warning)
+        return payoff.told(self.recent, self.comparison)
 
     def tail(self, start: int) -> list[bytes]:
         """Return the entries from a sequence on."""
@@ -243,9 +262,10 @@ class Sequencer:
             self._adopt(hello)
         assert self._position is not None
         handshake.check_identity(hello, self._position)
-        self._check_history(hello)
+        handshake.check_history(hello, self.store)
         for number, account in self.tally.accounts.items():
             if account.name == hello.name:
+                self._greet(number, hello)
                 return number, []
         if len(self.tally.accounts) >= self.config.service.max_workers:
             raise HandshakeError(
@@ -253,7 +273,12 @@ class Sequencer:
                 "(service.max_workers)"
             )
         number = len(self.tally.accounts) + 1
+        self._greet(number, hello)
         return number, self._append(pb.Entry(member=pb.Member(worker=number, name=hello.name)))
+
+    def _greet(self, number: int, hello: wire.Hello) -> None:
+        if self._summing is not None:
+            self._summing.greet(number, hello)
 
     def _adopt(self, hello: wire.Hello) -> None:
         """Take the first worker's identity, where the run allows it."""
@@ -270,21 +295,6 @@ class Sequencer:
             hello, ledger.origin(self.config, identity)
         )  # before it is written
         self._begin(identity)
-
-    def _check_history(self, hello: wire.Hello) -> None:
-        count = len(self.store)
-        if hello.next_sequence > count:
-            raise HandshakeError(
-                f"the worker has applied {hello.next_sequence} entries, the coordinator's ledger "
-                f"holds {count}: it was rolled back; restore the ledger, or restart the worker"
-            )
-        ours = self.store.digest(hello.next_sequence - 1)
-        if hello.next_sequence and hello.head != ours:
-            raise HandshakeError(
-                f"the histories differ at entry {hello.next_sequence - 1}: the worker has "
-                f"{hello.head.hex()[:16]}, the coordinator {ours.hex()[:16]}; one of them is of "
-                "another run or was changed"
-            )
 
     def connect(self, worker: int, now: float) -> list[Outgoing]:
         """Count a worker that has every entry as connected."""
@@ -310,17 +320,27 @@ class Sequencer:
             return [self._reject(worker, 0, f"a worker does not send {kind or 'nothing'} here")]
         contribution = message.contribution
         try:
-            aggregation.report(self.config, contribution, self._optimizer.pace.directions)
-            subspace.check_votes(self._position, contribution)
+            payload = self._checked(worker, contribution).SerializeToString(deterministic=True)
         except ContributionError as error:
             return [self._reject(worker, contribution.round_index, str(error))]
+        return self._step(rounds.Reported(worker, contribution.round_index, payload), now)
+
+    def _checked(self, worker: int, contribution: pb.Contribution) -> pb.Contribution:
+        """Return what a round takes of a contribution. Raises ContributionError."""
+        if self._summing is not None:
+            # One to a round that is over is the engine's to refuse.
+            if contribution.round_index == self.engine.round_index:
+                self._summing.check(self.tally.accounts[worker].name, contribution)
+            return pb.Contribution(round_index=contribution.round_index, sum=contribution.sum)
+        aggregation.report(self.config, contribution, self._optimizer.pace.directions)
+        subspace.check_votes(self._position, contribution)
         contribution.DiscardUnknownFields()
+        contribution.ClearField("sum")
         probing = self._position is not None and self._position.elections.probing(self.config)
         payoff.drop_unasked(contribution, probing=probing)
         if self.config.rounds.telemetry == "none" or not np.isfinite(contribution.loss):
             contribution.ClearField("loss")
-        payload = contribution.SerializeToString(deterministic=True)
-        return self._step(rounds.Reported(worker, contribution.round_index, payload), now)
+        return contribution
 
     def post_evaluation(self, evaluation: pb.Evaluation, run_digest: bytes) -> list[Outgoing]:
         """Append an evaluator's result. Raises HandshakeError or StoreUnavailable."""
@@ -349,19 +369,31 @@ class Sequencer:
     def _carry_out(self, effect: rounds.Effect) -> tuple[list[Outgoing], list[rounds.Event]]:
         match effect:
             case rounds.StartRound(round_index, workers):
-                start = wire.RoundStart(
-                    round_index=round_index,
-                    scale_exponent=self._optimizer.scale_exponent,
-                    batch_size=self._optimizer.pace.batch_size,
-                    directions=self._optimizer.pace.directions,
-                )
-                return [Outgoing(worker, Message(round_start=start)) for worker in workers], []
+                return self._start_round(round_index, workers), []
             case rounds.Reject(worker, round_index, why):
                 return [self._reject(worker, round_index, why)], []
         try:
             return self._append_outcome(effect), [rounds.Appended()]
+        except UnsoundSum as error:
+            return [], [rounds.Unsound(str(error))]
         except (LedgerError, ContributionError) as error:  # the latter: an update too large
             return [], [rounds.AppendFailed(str(error))]
+
+    def _start_round(self, round_index: int, workers: tuple[int, ...]) -> list[Outgoing]:
+        start = wire.RoundStart(
+            round_index=round_index,
+            scale_exponent=self._optimizer.scale_exponent,
+            batch_size=self._optimizer.pace.batch_size,
+            directions=self._optimizer.pace.directions,
+        )
+        outgoing = []
+        if self._summing is not None:
+            assert self._position is not None
+            names = [self.tally.accounts[worker].name for worker in workers]
+            start.sum_attempt = self._summing.begin(round_index, names, self._position)
+            heard = [(worker, self._summing.keys_for(worker)) for worker in workers]
+            outgoing = [Outgoing(w, Message(sum_keys=keys)) for w, keys in heard if keys]
+        return outgoing + [Outgoing(worker, Message(round_start=start)) for worker in workers]
 
     def _append_outcome(self, effect: rounds.Append) -> list[Outgoing]:
         match effect:
@@ -377,33 +409,26 @@ class Sequencer:
 
     def _commit(self, round_index: int, contributions: dict[int, bytes]) -> list[Outgoing]:
         assert self._position is not None
-        stored = [
-            pb.StoredContribution(
-                worker=worker, contribution=pb.Contribution.FromString(contributions[worker])
-            )
-            for worker in sorted(contributions)
-        ]
+        stored = self._to_store(round_index, contributions)
         bodies = [part.SerializeToString(deterministic=True) for part in stored]
         count = self._optimizer.pace.directions
-        reports = self._reports(stored, count)
-        after, update = optimizer.advance(
-            self.config, self._position.draws, self._optimizer, round_index, reports
+        folded = folding.fold(
+            self.config, self._position, self._carried, round_index, stored, count
         )
-        comparison = self._compare(self._position, stored, reports)
         commit = pb.Commit(
-            scale=update.scale,
-            codes=self._pack_codes(update),
+            scale=folded.scale,
+            codes=folded.codes,
             workers=sorted(contributions),
             scale_exponent=self._optimizer.scale_exponent,
             contributions_digest=ledger.contributions_digest(bodies),
             directions=count,
             basis=subspace.elected(self._position, stored),
-            gives_up_subspace=comparison.given_up and not self.comparison.given_up,
+            gives_up_subspace=folded.gives_up_subspace,
         )
         assert commit.scale_exponent in SCALE_EXPONENTS
         outgoing = self._append(pb.Entry(round_index=round_index, commit=commit), bodies)
-        self._optimizer, self.comparison = after, comparison
-        self._note_scalars(commit.scale_exponent, reports)
+        self._carried = folded.after
+        self._note_scalars(commit.scale_exponent, folded.reports)
         for worker in commit.workers:
             self.tally.accounts[worker].contributions += 1
         losses = [c.contribution.loss for c in stored if c.contribution.HasField("loss")]
@@ -411,35 +436,24 @@ class Sequencer:
         self._maybe_checkpoint()
         return outgoing
 
-    def _note_scalars(self, scale_exponent: int, reports: dict[int, aggregation.Report]) -> None:
+    def _to_store(
+        self, round_index: int, contributions: dict[int, bytes]
+    ) -> list[pb.StoredContribution]:
+        """Return what the ledger keeps of a round: its contributions, or their noisy mean."""
+        parts = {w: pb.Contribution.FromString(contributions[w]) for w in sorted(contributions)}
+        if self._summing is None:
+            return [pb.StoredContribution(worker=w, contribution=c) for w, c in parts.items()]
+        if self._sum is None or self._sum[0] != round_index:
+            # Once a round: what is tried to be written again must be the same bytes, and the same
+            # sum with other noise would be another release.
+            named = {self.tally.accounts[worker].name: part for worker, part in parts.items()}
+            scale = self._optimizer.scale_exponent
+            kept = summing.stored(self.config, self._summing, named, round_index, scale)
+            self._sum = round_index, kept
+        return [self._sum[1]]
+
+    def _note_scalars(self, scale_exponent: int, reports: Mapping[int, Report]) -> None:
         self.recent.add(scale_exponent, [reports[worker] for worker in sorted(reports)])
-
-    def _compare(
-        self,
-        position: Position,
-        stored: Iterable[pb.StoredContribution],
-        reports: dict[int, aggregation.Report],
-    ) -> payoff.Comparison:
-        """Return what a round adds to the comparison of the subspace with full space."""
-        return payoff.after(
-            self.config,
-            self.comparison,
-            position.committed,
-            self._optimizer.scale_exponent,
-            [reports[worker] for worker in sorted(reports)],
-            payoff.curvatures(stored),
-        )
-
-    def _reports(
-        self, stored: Iterable[pb.StoredContribution], count: int
-    ) -> dict[int, aggregation.Report]:
-        return {
-            part.worker: aggregation.report(self.config, part.contribution, count)
-            for part in stored
-        }
-
-    def _pack_codes(self, update: optimizer.Update) -> bytes:
-        return codec.pack(self.config.codec.down, update.codes)
 
     def _append(self, entry: pb.Entry, contributions: list[bytes] | None = None) -> list[Outgoing]:
         """Make an entry durable, follow it, and send it to everyone connected."""
@@ -450,7 +464,9 @@ class Sequencer:
             self.tally.accounts[entry.member.worker] = Account(entry.member.name)
         if entry.HasField("evaluation"):
             self._keep_evaluation(entry.evaluation)
-        return [Outgoing(worker, Message(entry=body)) for worker in sorted(self.engine.members)]
+        can_wait = entry.HasField("member") or entry.HasField("evaluation")
+        message = Message(entry=body)
+        return [Outgoing(worker, message, can_wait) for worker in sorted(self.engine.members)]
 
     def _keep_evaluation(self, evaluation: pb.Evaluation) -> None:
         self.tally.evaluations = [*self.tally.evaluations, evaluation][-EVALUATIONS_KEPT:]

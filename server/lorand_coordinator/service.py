@@ -60,7 +60,8 @@ class Coordination(coordination.CoordinationServiceServicer):
         reader = asyncio.create_task(self._read(connection, request_iterator))
         traffic = self._hub.count(connection.worker)
         try:
-            while (message := await connection.outbox.get()) is not None:
+            while (first := await connection.outbox.get()) is not None:
+                message = self._hub.together(connection, first)
                 traffic.sent += message.ByteSize()
                 yield message
             yield Message(refusal=wire.Refusal(reason=connection.closing, retry=True))

@@ -108,8 +108,6 @@ def rows(path: Path, last: int) -> list[dict[str, Any]]:
 
 def figures(recent: Recent, comparison: payoff.Comparison) -> dict[str, Any]:
     """Return the figures of the last rounds, and of the run's subspace, for JSON."""
-    found = [*recent.findings(), *payoff.findings(recent.config, comparison)]
-    found.sort(key=lambda finding: not finding.warning)
     total = recent.total
     ratio, error = total.signal_to_noise or (None, None)
     count = max(total.scalars, 1)
@@ -122,7 +120,7 @@ def figures(recent: Recent, comparison: payoff.Comparison) -> dict[str, Any]:
         "standard_error": error,
         "scale_exponent": total.scale_exponent,
         "subspace": _kept(comparison),
-        "findings": [finding.text for finding in found],
+        "findings": [finding.text for finding in payoff.told(recent, comparison)],
     }
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from lorand import ledger
 from lorand.coefficients import Coefficients
 from lorand.errors import LedgerError
-from lorand.ledger import pack_coefficients
+from lorand.ledger import Position, pack_coefficients
 from lorand_coordinator.optimizer import State
 from lorand_coordinator.pace import Pace
+from lorand_coordinator.store import Checkpoint, Store
 
 _ARRAYS = ("first", "second", "visits", "feedback")
 
@@ -73,3 +75,21 @@ def _unpack_pace(header: dict[str, Any]) -> Pace:
 def _digest(body: bytes, coefficients: Coefficients, committed: int) -> bytes:
     packed = pack_coefficients(coefficients)
     return hashlib.sha256(b"lorand/snapshot/v1%d\n" % committed + packed + body).digest()
+
+
+def resumed(start: Position, checkpoint: Checkpoint, store: Store) -> tuple[Position, State]:
+    """Return where a checkpoint of the run stands. Raises LedgerError for another ledger's."""
+    size = start.config.directions.pool_size
+    coefficients = ledger.unpack_coefficients(checkpoint.coefficients, size)
+    if store.digest(checkpoint.sequence) != checkpoint.head:
+        raise LedgerError("a checkpoint does not belong to the ledger it is stored with")
+    position = Position(
+        start.config,
+        start.identity,
+        start.draws,
+        coefficients,
+        checkpoint.sequence + 1,
+        checkpoint.head,
+        checkpoint.committed,
+    )
+    return position, unpack_state(checkpoint.state, coefficients, checkpoint.committed)

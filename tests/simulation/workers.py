@@ -8,7 +8,9 @@ from tests.runs import IDENTITY
 from tests.simulation.network import Stream
 
 from lorand.codec import Floats
+from lorand.directions import Indices
 from lorand.ledger import Position, coefficients_digest
+from lorand.privacy.mechanism import Integers
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import coordination_pb2_grpc as coordination
 from lorand.v1 import ledger_pb2 as pb
@@ -195,6 +197,10 @@ class Quadratic:
         away: Floats = self.coefficients * 2.0**-32 - self._target
         noise = self._noise.normal(0, 0.01, len(order.indices))
         return Measurement(away[order.indices] + noise, float(away @ away / 2))
+
+    def release(self, indices: Indices) -> Integers:
+        """No simulated run is private."""
+        raise NotImplementedError
 
 
 class LocalLink(links.Link):

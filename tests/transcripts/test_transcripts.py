@@ -46,7 +46,10 @@ def record(text: str) -> Iterator[str]:
         if command == "run":
             given = {name: int(value) for name, value in pairs(words).items()}
             given = {"start_with": 0, **given}
-            settings = rounds.Settings(**given, deadline_s=10.0, commit_retry_s=5.0)
+            whole = bool(given.pop("all_or_nothing", 0))
+            settings = rounds.Settings(
+                **given, deadline_s=10.0, commit_retry_s=5.0, all_or_nothing=whole
+            )
             continue
         if command == "tick":
             now += float(words[0])
@@ -74,6 +77,8 @@ def event_of(command: str, words: list[str]) -> rounds.Event:
             return rounds.Tick()
         case "appended", []:
             return rounds.Appended()
+        case "unsound", why:
+            return rounds.Unsound(" ".join(why))
         case "append-failed", why:
             return rounds.AppendFailed(" ".join(why))
     raise AssertionError(f"no such command: {command} {words}")

@@ -8,6 +8,7 @@ from tests.run_text import config_of
 from lorand.errors import ConfigError
 
 PRIVATE: Final = 'mode = "worker"'
+SECURE: Final = 'mode = "secure-sum"\nhonest_min = 2'
 
 
 @pytest.mark.parametrize(
@@ -93,6 +94,56 @@ PRIVATE: Final = 'mode = "worker"'
             },
             'known for mechanism = "gaussian" alone',
             "privacy.batch_cap = 0",
+        ),
+        (
+            {
+                "privacy": 'mode = "central"',
+                "rounds": 'telemetry = "none"',
+                "directions": 'mode = "own"',
+            },
+            'privacy.mode = "central" sums what all measured along the same directions',
+            'set directions.mode = "shared"',
+        ),
+        (
+            {
+                "privacy": 'mode = "central"',
+                "rounds": 'telemetry = "none"\naggregation = "majority"',
+            },
+            "knows nobody's sign",
+            'set rounds.aggregation = "mean"',
+        ),
+        (
+            {
+                "privacy": SECURE + '\nmechanism = "laplace"\ndelta = 0',
+                "rounds": 'telemetry = "none"',
+            },
+            "shares of Laplace noise",
+            'privacy.mechanism = "gaussian"',
+        ),
+        (
+            {"privacy": SECURE, "rounds": 'telemetry = "none"\nquorum = 2'},
+            "a secure sum has 3 to 32 members",
+            "set rounds.quorum",
+        ),
+        (
+            {"privacy": SECURE, "rounds": 'telemetry = "none"\nquorum = 33'},
+            "a secure sum has 3 to 32 members",
+            "set rounds.quorum",
+        ),
+        (
+            {"privacy": SECURE + "\nhonest_min = 4", "rounds": 'telemetry = "none"'},
+            "privacy.honest_min is how many members' noise has to suffice",
+            "set it to 1 to 3",
+        ),
+        (
+            {"privacy": 'mode = "secure-sum"', "rounds": 'telemetry = "none"'},
+            "privacy.honest_min",
+            "set it to 1 to 3",
+        ),
+        (
+            {"privacy": PRIVATE + "\nhonest_min = 2", "rounds": 'telemetry = "none"'},
+            "privacy.honest_min is for shares of noise",
+            'set privacy.mode = "secure-sum"',
         ),
         (
             {"estimator": "batch_size = 16\nmax_batch_size = 8"},
@@ -337,6 +388,14 @@ PRIVATE: Final = 'mode = "worker"'
         "cap without examples",
         "examples without cap",
         "cap of laplace",
+        "central and own directions",
+        "central and majority",
+        "shares of laplace",
+        "sum of two",
+        "sum of too many",
+        "more honest than there are",
+        "nobody honest",
+        "honest where nothing is shared",
         "small growth",
         "growth of own",
         "backprop with own directions",

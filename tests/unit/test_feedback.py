@@ -1,6 +1,7 @@
 """What codes lose comes back with the next contribution, once, also after a restart (EF)."""
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any, Final
@@ -15,13 +16,15 @@ from tests.runs import IDENTITY, config_of
 from lorand import codec, ledger
 from lorand.codec import Codec, Floats
 from lorand.config import RunConfig
+from lorand.directions import Indices
 from lorand.errors import ContributionError, LorandError
 from lorand.ledger import Position
+from lorand.privacy.mechanism import Integers
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator.aggregation import report
 from lorand_worker.estimators import Measurement, Order
-from lorand_worker.feedback import FileMemory, Memory, Place
+from lorand_worker.feedback import Awaited, FileMemory, Memory, Place
 from lorand_worker.participant import Participant, encode
 
 QUANTUM: Final = 2.0**-32
@@ -93,6 +96,10 @@ class Walk:
         """See Bench."""
         self.measured += 1
         return Measurement(self.values * (1 + 0.1 * self.measured), 0.5)
+
+    def release(self, indices: Indices) -> Integers:
+        """No test of these is of a private run."""
+        raise NotImplementedError
 
 
 class Life:
@@ -443,3 +450,15 @@ def test_a_folder_that_cannot_be_written_is_our_error_at_once(tmp_path: Path) ->
     place.path.with_suffix(".partial").mkdir()
     with pytest.raises(LorandError, match=r"cannot keep error feedback in .*--state"):
         memory_at(place)
+
+
+def test_what_is_owed_is_on_disk_before_codes_leave(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    memory = memory_at(place)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LorandError, match=r"cannot keep error feedback in .*No space left"):
+        memory.await_commit(Awaited(pb.Contribution(round_index=1), 1, 0, 1, NOTHING))

@@ -146,6 +146,26 @@ def test_runs_weaker_than_the_policy_are_refused() -> None:
         check(PRIVATE, Policy(max_scalars=2))
 
 
+def test_who_else_is_trusted_is_said_and_asked() -> None:
+    quiet = {"telemetry": "none", "quorum": 5}
+    central = config_of(rounds=quiet, privacy={"mode": "central"})
+    text = " ".join(guard.disclosure(central))
+    assert "A round sends 3 64-bit codes" in text
+    assert "The coordinator adds noise to the sum of all workers, and sees each one's" in text
+    assert "towards everyone but the coordinator, if it does so" in text
+    check(central, Policy())
+    for policy in (Policy(require_privacy=True), Policy(max_epsilon=8.0)):
+        with pytest.raises(HandshakeError, match="--trust-coordinator if you do"):
+            check(central, policy)
+        check(central, replace(policy, trust_coordinator=True))
+    secure = config_of(rounds=quiet, privacy={"mode": "secure-sum", "honest_min": 3})
+    text = " ".join(guard.disclosure(secure))
+    assert "EXPERIMENTAL" in text
+    assert "nobody sees more than the sum of 5 workers or more" in text
+    assert "towards everyone, where 3 of those in the sum are honest" in text
+    check(secure, Policy(require_privacy=True))
+
+
 def test_what_other_runs_spent_counts() -> None:
     guard.check_epsilon(PRIVATE, Policy(max_epsilon=3.0), 1.0)
     with pytest.raises(HandshakeError, match=r"is 2 and 1.5 was spent of these data"):

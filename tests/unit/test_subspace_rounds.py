@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -12,6 +13,7 @@ from lorand import adapter, ledger
 from lorand.errors import HandshakeError, LedgerError
 from lorand.manifest import Identity, Manifest, TensorSpec
 from lorand.subspaces import cosines, elections
+from lorand.subspaces.basis import same
 from lorand.subspaces.elections import Elections
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
@@ -151,10 +153,17 @@ def test_an_adapter_without_its_subspaces_is_refused(room: Room, tmp_path: objec
     adapter.save(adapter.of(room.position), folder)
     kept = adapter.load(folder)
     assert [b.indices[0].tolist() for b in kept.elections.bases] == [[0, 3], [0, 3]]
-    cut = adapter.Adapter(**{**vars(kept), "elections": Elections()})
-    adapter.save(cut, folder)
+    adapter.save(replace(kept, elections=Elections()), folder)
     with pytest.raises(ModelError, match="elect more than 0 subspaces"):
         adapter.load(folder)
+
+
+def test_an_adapter_leads_to_the_pools_of_its_run(room: Room) -> None:
+    room.commit(3)
+    again = adapter.position(adapter.of(room.position))
+    for number in range(3):
+        assert same(again.pool(number).basis, room.position.pool(number).basis)
+    assert again.pool(1).basis is not None
 
 
 def test_a_worker_with_other_cosines_is_refused() -> None:

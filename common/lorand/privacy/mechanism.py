@@ -39,13 +39,17 @@ class Mechanism:
 
     Vectors are clipped to `clip_bound`, in L2 (gaussian) or in L1 (laplace); `multiplier` is the
     scale of the noise over it, and `divisor` what the noisy sum is divided by: a number of the run,
-    never the size of the batch at hand, which is private.
+    never the size of the batch at hand, which is private. Where another party adds the noise,
+    `adds_noise` is False here. Numbers of the sum are kept within `largest` grid steps (0: as they
+    are), before the noise: that shortens distances between sums, so it costs nothing.
     """
 
     noise: Noise
     clip_bound: float
     multiplier: float
     divisor: int
+    adds_noise: bool = True
+    largest: int = 0
 
     def __post_init__(self) -> None:
         """Check what the noise's proof rests on."""
@@ -63,10 +67,23 @@ class Mechanism:
 
         A batch without examples releases noise like any other. `below` is for tests.
         """
-        total = self.clipped(vectors).sum(axis=0, dtype=np.int64)
+        return self.mean(self.steps(vectors, below))
+
+    def steps(self, vectors: Floats, below: Below = secrets.randbelow) -> Integers:
+        """Return Σ_i clip(v_i) + noise in grid steps, shape (K,)."""
+        total: Integers = self.clipped(vectors).sum(axis=0, dtype=np.int64)
+        if self.largest:
+            total = np.clip(total, -self.largest, self.largest)
+        return self.noisy(total, below) if self.adds_noise else total
+
+    def noisy(self, total: Integers, below: Below = secrets.randbelow) -> Integers:
+        """Return a sum in grid steps with noise, shape (K,)."""
         draw = sampler.gaussian if self.noise == "gaussian" else sampler.laplace
-        noisy = [int(part) + draw(self.noise_steps, below) for part in total]
-        return np.array([self.clip_bound * part / GRID / self.divisor for part in noisy])
+        return np.array([int(part) + draw(self.noise_steps, below) for part in total], np.int64)
+
+    def mean(self, total: Integers, parties: int = 1) -> Floats:
+        """Return what a sum in grid steps over so many parties stands for, shape (K,)."""
+        return total * (self.clip_bound / GRID) / (self.divisor * parties)
 
     def clipped(self, vectors: Floats) -> Integers:
         """Return each vector on the grid, shape (batch, K), none longer than GRID steps.

@@ -1,8 +1,17 @@
-"""What a run's settings mean: how much noise each worker adds, and the mechanism that adds it."""
+"""What a run's settings mean: how much noise there is, and who adds it to what."""
+
+from dataclasses import replace
+from math import sqrt
+from typing import Final
 
 from lorand.config import RunConfig
 from lorand.privacy.accountant import Release, calibrated
-from lorand.privacy.mechanism import LEAST_MULTIPLIER, Mechanism
+from lorand.privacy.mechanism import GRID, LEAST_MULTIPLIER, Mechanism
+from lorand.privacy.shared_noise import local_noise
+
+BATCHES: Final = 4
+"""Times the batch size, in clip bounds: what a worker's number in a sum stays within. A sample is
+hardly ever as large, and no worker can move a mean further."""
 
 
 def release_of(config: RunConfig, multiplier: float) -> Release:
@@ -30,7 +39,35 @@ def planned(config: RunConfig) -> Release:
     return release_of(config, max(found.multiplier, LEAST_MULTIPLIER))
 
 
-def mechanism(config: RunConfig, multiplier: float) -> Mechanism:
-    """Return what releases a round; the run's batch size is the public number it divides by."""
+def whole(config: RunConfig, multiplier: float) -> Mechanism:
+    """Return what releases a round by itself; the run's batch size is what it divides by."""
     section = config.privacy
     return Mechanism(section.mechanism, section.clip_bound, multiplier, config.estimator.batch_size)
+
+
+def mechanism(config: RunConfig, multiplier: float) -> Mechanism:
+    """Return what each worker does: it adds all the noise, none of it, or its share."""
+    alone = whole(config, multiplier)
+    if not config.privacy.summed:
+        return alone
+    alone = replace(alone, largest=BATCHES * config.estimator.batch_size * GRID)
+    if config.privacy.mode == "central":
+        return replace(alone, adds_noise=False)
+    return replace(alone, multiplier=multiplier / sqrt(config.privacy.honest_min))
+
+
+def largest_number(config: RunConfig, multiplier: float) -> int:
+    """Return the bound on a number that a worker sends to a sum, in grid steps.
+
+    Of a secure sum it leaves room for a share of the noise. The multiplier is taken up to a power
+    of two, since who calculated it elsewhere may have another last digit. Raises ConfigError for
+    noise too coarse to be shared.
+    """
+    largest = BATCHES * config.estimator.batch_size * GRID
+    section = config.privacy
+    if section.mode == "central":
+        return largest
+    about = 2.0 ** (int(multiplier * GRID).bit_length()) / GRID
+    members = config.rounds.quorum
+    noise = local_noise(about, GRID, members=members, honest_min=section.honest_min)
+    return noise.bound(largest)

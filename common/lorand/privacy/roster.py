@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from lorand.errors import ConfigError
@@ -86,6 +87,17 @@ class Roster:
             return Roster(tuple((str(n), bytes.fromhex(key)) for n, key in content["members"]))
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"the roster cannot be read: {error}{HINT}") from error
+
+    @staticmethod
+    def read(path: Path) -> "Roster":
+        """Return the roster of a file. Raises ConfigError when there is none."""
+        try:
+            return Roster.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"cannot read the roster {path}: {error}; write it with `lr-worker sum roster "
+                "FILE NAME=KEY ...`"
+            ) from error
 
     def digest(self) -> bytes:
         """Return SHA-256 of the canonical text, 32 bytes."""

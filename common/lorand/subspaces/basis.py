@@ -101,6 +101,16 @@ def _signs_of(key: Key, tid: int, n: int) -> NDArray[np.int8]:
     return (1 - 2 * bits.astype(np.int8)).astype(np.int8)
 
 
+def largest(values: NDArray[Any], rank: int) -> Indices:
+    """Return the ascending indices of the `rank` largest numbers; of equal ones the lower index.
+
+    >>> largest(np.array([3, 5, 3, 5, 3]), 3).tolist()
+    [0, 1, 3]
+    """
+    order = np.argsort(-values, kind="stable")
+    return np.sort(order[:rank]).astype(np.int64)
+
+
 def check_indices(spec: TensorSpec, indices: Indices) -> None:
     """Raise LedgerError unless these are `rank` different columns (or rows) of a tensor."""
     fits = indices.shape == (spec.rank,) and spec.rank > 0

@@ -7,7 +7,7 @@ taken; the factor √(2/n) is left out and its nearest power of two put in its p
 
 import hashlib
 from collections.abc import Iterable
-from functools import cache
+from functools import lru_cache
 from math import log2
 from typing import TYPE_CHECKING, Final
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorand.manifest import Manifest
-from lorand.subspaces.basis import length
+from lorand.subspaces.basis import Indices, length
 
 if TYPE_CHECKING:
     from lorand.config import RunConfig
@@ -24,26 +24,31 @@ BITS: Final = 20
 """Of an entry of the integer table."""
 
 
-def phases(n: int) -> NDArray[np.int64]:
-    """Return i (2j + 1) mod 4n, shape (n, n): the cosine of π/2n times it is the transform's."""
-    i = np.arange(n, dtype=np.int64)[:, None]
-    return i * (2 * np.arange(n, dtype=np.int64) + 1) % (4 * n)
-
-
 def matrix(n: int) -> NDArray[np.float64]:
     """Return the orthonormal DCT-II of length n, shape (n, n), in floats."""
-    cosines: NDArray[np.float64] = np.cos(np.pi / (2 * n) * np.arange(4 * n))[phases(n)]
+    waves = np.cos(np.pi / (2 * n) * np.arange(4 * n))
+    cosines: NDArray[np.float64] = waves[_phases(n, np.arange(n))]
     cosines[0] *= np.sqrt(0.5)
     cosines *= np.sqrt(2 / n)
     return cosines
 
 
-@cache
-def table(n: int) -> NDArray[np.int32]:
-    """Return round(2^20 cos(π i (2j + 1) / 2n)), shape (n, n), row 0 times √½."""
-    waves: NDArray[np.int32] = _wave(n)[phases(n)]
-    waves[0] = round(2**BITS * 0.5**0.5)
+def rows(n: int, indices: Indices) -> NDArray[np.int32]:
+    """Return rows i of round(2^20 cos(π i (2j + 1) / 2n)), shape (rank, n), row 0 times √½."""
+    waves: NDArray[np.int32] = _wave(n)[_phases(n, indices)]
+    waves[indices == 0] = round(2**BITS * 0.5**0.5)
     return waves
+
+
+@lru_cache(maxsize=4)
+def table(n: int) -> NDArray[np.int32]:
+    """Return all rows, shape (n, n); a model has few lengths, and a vote asks for each in turn."""
+    return rows(n, np.arange(n))
+
+
+def _phases(n: int, indices: Indices) -> NDArray[np.int64]:
+    """i (2j + 1) mod 4n, shape (rank, n): the cosine of π/2n times it is the transform's."""
+    return indices[:, None] * (2 * np.arange(n, dtype=np.int64) + 1) % (4 * n)
 
 
 def exponent(n: int) -> int:

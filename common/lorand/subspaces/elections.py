@@ -10,7 +10,16 @@ from numpy.typing import NDArray
 from lorand.errors import LedgerError
 from lorand.manifest import Manifest
 from lorand.subspaces import periods
-from lorand.subspaces.basis import Basis, Indices, Kind, check_indices, drawn, from_gaps, to_gaps
+from lorand.subspaces.basis import (
+    Basis,
+    Indices,
+    Kind,
+    check_indices,
+    drawn,
+    from_gaps,
+    largest,
+    to_gaps,
+)
 from lorand.subspaces.lazy import Lazy
 from lorand.v1 import ledger_pb2 as pb
 
@@ -153,8 +162,6 @@ def most_votes(manifest: Manifest, votes: Sequence[Columns]) -> Columns:
     """
     chosen: dict[int, Indices] = {}
     for tid in votes[0]:
-        spec = manifest.tensors[tid]
         counts = np.bincount(np.concatenate([vote[tid] for vote in votes]))
-        best = np.argsort(-counts, kind="stable")[: spec.rank]
-        chosen[tid] = np.sort(best).astype(np.int64)
+        chosen[tid] = largest(counts, manifest.tensors[tid].rank)
     return chosen

@@ -6,14 +6,15 @@ and one rounding an operation follow, so that no order of summation can change a
 """
 
 from abc import ABC, abstractmethod
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import torch
 
 from lorand.manifest import TensorSpec
 from lorand.subspaces import cosines
-from lorand.subspaces.basis import Basis, coordinates_shape, length, side
+from lorand.subspaces.basis import Basis, Indices, length, side
+from lorand.subspaces.int8 import Int8
 
 GRID_BITS = 22
 """Of a coordinate before it is multiplied by cosines, relative to the tensor's largest: a sum over
@@ -24,22 +25,11 @@ times as long, and smaller tiles have threads wait for each other more often (`t
 benchmarks/results/subspace_forward.json)."""
 
 
-class Stored(Protocol):
-    """Base weights that are kept in another form than a layer computes with."""
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of that form."""
-
-    def dense(self) -> torch.Tensor:
-        """Return the weights; made anew at each call."""
-
-
 class Lift(ABC):
     """w = cast(fl32(fl32(w0) + 2^s · lift(U))) for one tensor and its coordinates U.
 
     The base weights are those that the live tensor holds when a lift is made or bound anew. Where
-    they are `stored` in another form, it is kept instead of a copy.
+    they are `stored` in 8 bits, that is kept instead of a copy.
     """
 
     def __init__(self, live: torch.Tensor, spec: TensorSpec) -> None:
@@ -48,7 +38,7 @@ class Lift(ABC):
         self.factor = 2.0**spec.scale_exponent
 
     @abstractmethod
-    def bind(self, stored: Stored | None = None) -> None:
+    def bind(self, stored: Int8 | None = None) -> None:
         """Have the weights that the live tensor holds now for the base."""
 
     @abstractmethod
@@ -68,23 +58,16 @@ class Lift(ABC):
     def kept_bytes(self) -> int:
         """Memory that the lift keeps beside the live weights."""
 
-    def rest(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the coordinates of a gradient outside of the subspace, (m, n − r) or (n − r, m).
-
-        Raises NotImplementedError where they are no part of the gradient's own numbers.
-        """
-        raise NotImplementedError
-
 
 class Full(Lift):
     """A tensor that is its own coordinates."""
 
-    def __init__(self, live: torch.Tensor, spec: TensorSpec, stored: Stored | None = None) -> None:
+    def __init__(self, live: torch.Tensor, spec: TensorSpec, stored: Int8 | None = None) -> None:
         """Keep the base weights."""
         super().__init__(live, spec)
         self._base = _Base(live, stored)
 
-    def bind(self, stored: Stored | None = None) -> None:
+    def bind(self, stored: Int8 | None = None) -> None:
         """See Lift."""
         self._base.follow(self.live, stored)
 
@@ -109,16 +92,14 @@ class Full(Lift):
 class Coordinate(Lift):
     """Columns (or rows) of a matrix; all others stay as they are and are not copied."""
 
-    def __init__(
-        self, live: torch.Tensor, spec: TensorSpec, indices: np.ndarray[tuple[int], np.dtype]
-    ) -> None:
+    def __init__(self, live: torch.Tensor, spec: TensorSpec, indices: Indices) -> None:
         """Copy these columns."""
         super().__init__(live, spec)
         self._side = side(spec)
         self._indices = torch.from_numpy(np.array(indices)).to(live.device)
         self.bind()
 
-    def bind(self, stored: Stored | None = None) -> None:
+    def bind(self, stored: Int8 | None = None) -> None:
         """See Lift."""
         self._base = self.live.index_select(self._side, self._indices)
 
@@ -135,12 +116,6 @@ class Coordinate(Lift):
     def gather(self, gradient: torch.Tensor) -> torch.Tensor:
         """See Lift."""
         return gradient.index_select(self._side, self._indices).float()
-
-    def rest(self, gradient: torch.Tensor) -> torch.Tensor:
-        """See Lift."""
-        outside = torch.ones(length(self.spec), dtype=torch.bool, device=gradient.device)
-        outside[self._indices] = False
-        return gradient.index_select(self._side, outside.nonzero().squeeze(1))
 
     @property
     def kept_bytes(self) -> int:
@@ -161,20 +136,19 @@ class Cosine(Lift):
         spec: TensorSpec,
         tid: int,
         basis: Basis,
-        stored: Stored | None = None,
+        stored: Int8 | None = None,
     ) -> None:
         """Keep the base weights, and take the basis C: shape (rank, n), integers below 2^21."""
         super().__init__(live, spec)
         self._side, n = side(spec), length(spec)
-        rows = cosines.table(n)[basis.indices[tid]].astype(np.float32)
+        rows = cosines.rows(n, basis.indices[tid]).astype(np.float32)
         if tid in basis.signs:
             rows *= basis.signs[tid]
         self._rows = torch.from_numpy(rows).to(live.device)
         self._exponent = cosines.exponent(n) - cosines.BITS
-        self._shape = coordinates_shape(spec)
         self._base = _Base(live, stored)
 
-    def bind(self, stored: Stored | None = None) -> None:
+    def bind(self, stored: Int8 | None = None) -> None:
         """See Lift."""
         self._base.follow(self.live, stored)
 
@@ -237,12 +211,12 @@ class Cosine(Lift):
 class _Base:
     """Base weights: a copy, or what they are stored as."""
 
-    def __init__(self, live: torch.Tensor, stored: Stored | None) -> None:
-        self._held: torch.Tensor | Stored = (
+    def __init__(self, live: torch.Tensor, stored: Int8 | None) -> None:
+        self._held: torch.Tensor | Int8 = (
             live.clone(memory_format=torch.contiguous_format) if stored is None else stored
         )
 
-    def follow(self, live: torch.Tensor, stored: Stored | None) -> None:
+    def follow(self, live: torch.Tensor, stored: Int8 | None) -> None:
         if stored is not None:
             self._held = stored
         elif isinstance(self._held, torch.Tensor):
@@ -261,7 +235,7 @@ def lift(
     spec: TensorSpec,
     tid: int,
     basis: Basis | None,
-    stored: Stored | None = None,
+    stored: Int8 | None = None,
 ) -> Lift:
     """Return the lift of a tensor: on a basis, or whole where it has none."""
     if basis is None or not spec.rank:

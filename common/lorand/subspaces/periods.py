@@ -34,16 +34,20 @@ def period(config: "RunConfig", pool: int) -> int:
     """Return the period, from 0, that a pool belongs to."""
     if voted(config) and pool == 0:
         return 0
-    first, every = (1, pool - 1) if voted(config) else (0, pool)
-    refresh, rotate = config.subspace.refresh_every, config.directions.rotate_every
-    return first + every // max(1, refresh // rotate if rotate else 1)
+    first, since = (1, pool - 1) if voted(config) else (0, pool)
+    return first + since // _pools(config)
 
 
 def first_pool(config: "RunConfig", number: int) -> int:
     """Return the first pool of a period."""
-    refresh, rotate = config.subspace.refresh_every, config.directions.rotate_every
-    pools = max(1, refresh // rotate if rotate else 1)
+    pools = _pools(config)
     return 1 + (number - 1) * pools if voted(config) and number else number * pools
+
+
+def _pools(config: "RunConfig") -> int:
+    """How many pools a period has."""
+    rotate = config.directions.rotate_every
+    return max(1, config.subspace.refresh_every // rotate) if rotate else 1
 
 
 def in_full_space(config: "RunConfig", number: int) -> bool:

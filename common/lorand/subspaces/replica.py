@@ -11,7 +11,6 @@ from lorand.codec import Floats
 from lorand.coefficients import Coefficients
 from lorand.directions import Pool
 from lorand.displacement import Target
-from lorand.errors import ModelError
 from lorand.kernels import Backend, zero_sums
 from lorand.manifest import Manifest
 from lorand.replica import WholeReplica, settling
@@ -168,16 +167,6 @@ class SubspaceReplica(WholeReplica):
             self.backend.project(coordinates, shares, key=self.pool.key, tid=0)
         return super().scalars(shares)
 
-    def fold(self, coefficients: Coefficients, pool: Pool) -> None:
-        """See Replica; with a state, the weights move by its step for what the pool committed."""
-        if any(spec.dtype != "float32" for spec in self.manifest.tensors):
-            raise ModelError(
-                'only float32 weights move to another subspace; set model.dtype = "float32"'
-            )
-        self.set(coefficients)
-        self._fold()
-        self._take(pool)
-
     def _take(self, pool: Pool) -> None:
         """Have the directions and the basis of this pool; the live weights are its base."""
         basis = pool.basis
@@ -220,6 +209,7 @@ class SubspaceReplica(WholeReplica):
         self._basis = basis
 
     def _fold(self) -> None:
+        """See Replica; with a state, the weights move by its step for what the pool committed."""
         if self.state is None:
             self._write_all()
             return

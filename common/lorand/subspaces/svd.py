@@ -7,8 +7,8 @@ import torch
 
 from lorand.manifest import TensorSpec
 from lorand.subspaces.basis import side
-from lorand.subspaces.int8 import Int4
-from lorand.subspaces.lifts import Lift, Stored
+from lorand.subspaces.int8 import Int4, Int8
+from lorand.subspaces.lifts import Lift
 
 if TYPE_CHECKING:
     from lorand.config import RunConfig
@@ -39,7 +39,7 @@ class Svd(Lift):
         self._rows = Int4.of(rows.contiguous())
         self.bind()
 
-    def bind(self, stored: Stored | None = None) -> None:
+    def bind(self, stored: Int8 | None = None) -> None:
         """See Lift."""
         self._base = self.live.clone()
 

@@ -133,6 +133,8 @@ class ParticipateResponse(_message.Message):
     ENTRY_FIELD_NUMBER: _builtins.int
     REJECTION_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    SUM_KEYS_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
     entry: _builtins.bytes
     """A serialised Entry, durable by now. It may end a round and start the next."""
     @_builtins.property
@@ -155,6 +157,14 @@ class ParticipateResponse(_message.Message):
     def heartbeat(self) -> Global___Heartbeat:
         """Answers a heartbeat."""
 
+    @_builtins.property
+    def sum_keys(self) -> Global___SumKeys:
+        """Keys of a secure sum, before the first round start that they are for."""
+
+    @_builtins.property
+    def batch(self) -> Global___Batch:
+        """Several of the above at once, to workers that have the feature "batch"."""
+
     def __init__(
         self,
         *,
@@ -164,12 +174,14 @@ class ParticipateResponse(_message.Message):
         entry: _builtins.bytes = ...,
         rejection: Global___Rejection | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
+        sum_keys: Global___SumKeys | None = ...,
+        batch: Global___Batch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "heartbeat", b"heartbeat", "message", b"message", "refusal", b"refusal", "rejection", b"rejection", "round_start", b"round_start", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "entry", b"entry", "heartbeat", b"heartbeat", "message", b"message", "refusal", b"refusal", "rejection", b"rejection", "round_start", b"round_start", "sum_keys", b"sum_keys", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "heartbeat", b"heartbeat", "message", b"message", "refusal", b"refusal", "rejection", b"rejection", "round_start", b"round_start", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "entry", b"entry", "heartbeat", b"heartbeat", "message", b"message", "refusal", b"refusal", "rejection", b"rejection", "round_start", b"round_start", "sum_keys", b"sum_keys", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "refusal", "round_start", "entry", "rejection", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "refusal", "round_start", "entry", "rejection", "heartbeat", "sum_keys", "batch"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -193,6 +205,7 @@ class Hello(_message.Message):
     FEATURES_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
     COSINES_DIGEST_FIELD_NUMBER: _builtins.int
+    SUM_KEY_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.int
     """Version of this protocol."""
     name: _builtins.str
@@ -217,6 +230,8 @@ class Hello(_message.Message):
     """
     cosines_digest: _builtins.bytes
     """SHA-256 over the cosines that the run's subspaces are made of (32 bytes); empty elsewhere."""
+    sum_key: _builtins.bytes
+    """This worker's key in the run's secure sums, signed; see lorand.privacy.attempts."""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Capabilities that not every version has, by name."""
@@ -236,14 +251,63 @@ class Hello(_message.Message):
         features: _abc.Iterable[_builtins.str] | None = ...,
         session: _builtins.int = ...,
         cosines_digest: _builtins.bytes = ...,
+        sum_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "cosines_digest", b"cosines_digest", "features", b"features", "head", b"head", "manifest", b"manifest", "manifest_digest", b"manifest_digest", "name", b"name", "next_sequence", b"next_sequence", "protocol_version", b"protocol_version", "run_digest", b"run_digest", "session", b"session", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "cosines_digest", b"cosines_digest", "features", b"features", "head", b"head", "manifest", b"manifest", "manifest_digest", b"manifest_digest", "name", b"name", "next_sequence", b"next_sequence", "protocol_version", b"protocol_version", "run_digest", b"run_digest", "session", b"session", "sum_key", b"sum_key", "tokenizer_digest", b"tokenizer_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class Batch(_message.Message):
+    """Messages that were waiting together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ParticipateResponse]:
+        """In order; none of them a batch."""
+
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___ParticipateResponse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Batch: _TypeAlias = Batch  # noqa: Y015
+
+@_typing.final
+class SumKeys(_message.Message):
+    """Everybody's keys in the run's secure sums. Workers verify them against their own roster."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANNOUNCEMENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def announcements(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Signed keys, each as its owner sent it."""
+
+    def __init__(
+        self,
+        *,
+        announcements: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["announcements", b"announcements"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SumKeys: _TypeAlias = SumKeys  # noqa: Y015
 
 @_typing.final
 class Welcome(_message.Message):
@@ -311,6 +375,7 @@ class RoundStart(_message.Message):
     SCALE_EXPONENT_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     DIRECTIONS_FIELD_NUMBER: _builtins.int
+    SUM_ATTEMPT_FIELD_NUMBER: _builtins.int
     round_index: _builtins.int
     """The round."""
     scale_exponent: _builtins.int
@@ -319,6 +384,8 @@ class RoundStart(_message.Message):
     """Examples asked of a participant, where the run's batches grow; 0: the config's batch size."""
     directions: _builtins.int
     """Directions asked of a participant, where the run's number grows; 0: the config's."""
+    sum_attempt: _builtins.bytes
+    """The secure sum that this round is, where the run has one; see lorand.privacy.attempts."""
     def __init__(
         self,
         *,
@@ -326,10 +393,11 @@ class RoundStart(_message.Message):
         scale_exponent: _builtins.int = ...,
         batch_size: _builtins.int = ...,
         directions: _builtins.int = ...,
+        sum_attempt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "directions", b"directions", "round_index", b"round_index", "scale_exponent", b"scale_exponent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "directions", b"directions", "round_index", b"round_index", "scale_exponent", b"scale_exponent", "sum_attempt", b"sum_attempt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

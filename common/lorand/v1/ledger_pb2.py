@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lorand/v1/ledger.proto\x12\tlorand.v1\"\x9c\x02\n\x05\x45ntry\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x13\n\x0bround_index\x18\x02 \x01(\r\x12!\n\x05start\x18\x03 \x01(\x0b\x32\x10.lorand.v1.StartH\x00\x12#\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x11.lorand.v1.CommitH\x00\x12%\n\x07\x61\x62\x61ndon\x18\x05 \x01(\x0b\x32\x12.lorand.v1.AbandonH\x00\x12#\n\x06member\x18\x06 \x01(\x0b\x32\x11.lorand.v1.MemberH\x00\x12+\n\nevaluation\x18\x07 \x01(\x0b\x32\x15.lorand.v1.EvaluationH\x00\x12#\n\x06\x66inish\x18\x08 \x01(\x0b\x32\x11.lorand.v1.FinishH\x00\x42\x06\n\x04kind\"X\n\x05Start\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\x0c\x12\x18\n\x10tokenizer_digest\x18\x03 \x01(\x0c\x12\x10\n\x08manifest\x18\x04 \x01(\t\"\xbf\x01\n\x06\x43ommit\x12\r\n\x05scale\x18\x01 \x01(\x04\x12\r\n\x05\x63odes\x18\x02 \x01(\x0c\x12\x0f\n\x07workers\x18\x03 \x03(\r\x12\x16\n\x0escale_exponent\x18\x04 \x01(\x11\x12\x1c\n\x14\x63ontributions_digest\x18\x05 \x01(\x0c\x12\x12\n\ndirections\x18\x06 \x01(\r\x12!\n\x05\x62\x61sis\x18\x07 \x03(\x0b\x32\x12.lorand.v1.Columns\x12\x19\n\x11gives_up_subspace\x18\x08 \x01(\x08\"\'\n\x07\x43olumns\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0c\n\x04gaps\x18\x02 \x03(\r\"\x19\n\x07\x41\x62\x61ndon\x12\x0e\n\x06reason\x18\x01 \x01(\t\"&\n\x06Member\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\"v\n\nEvaluation\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x11\n\tcommitted\x18\x02 \x01(\r\x12\x11\n\tevaluator\x18\x03 \x01(\t\x12\x10\n\x08\x61\x63\x63uracy\x18\x04 \x01(\x01\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x10\n\x08\x65xamples\x18\x06 \x01(\r\"\x1b\n\x06\x46inish\x12\x11\n\tcommitted\x18\x01 \x01(\r\"\xb8\x01\n\x0c\x43ontribution\x12\x13\n\x0bround_index\x18\x01 \x01(\r\x12\r\n\x05\x63odes\x18\x02 \x01(\x0c\x12\x11\n\x04loss\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x08\x65xamples\x18\x04 \x01(\r\x12\r\n\x05scale\x18\x05 \x01(\x04\x12!\n\x05votes\x18\x06 \x03(\x0b\x32\x12.lorand.v1.Columns\x12\x16\n\tcurvature\x18\x07 \x01(\x02H\x01\x88\x01\x01\x42\x07\n\x05_lossB\x0c\n\n_curvature\"S\n\x12StoredContribution\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12-\n\x0c\x63ontribution\x18\x02 \x01(\x0b\x32\x17.lorand.v1.Contribution\"W\n\x12ReadEntriesRequest\x12\x15\n\rfrom_sequence\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12\x1a\n\x12with_contributions\x18\x03 \x01(\x08\"\\\n\x13ReadEntriesResponse\x12\x0f\n\x07\x65ntries\x18\x01 \x03(\x0c\x12\x34\n\rcontributions\x18\x02 \x03(\x0b\x32\x1d.lorand.v1.RoundContributions\"\\\n\x12RoundContributions\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x34\n\rcontributions\x18\x02 \x03(\x0b\x32\x1d.lorand.v1.StoredContribution\"\x16\n\x14GetCheckpointRequest\"S\n\x15GetCheckpointResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.lorand.v1.CheckpointHeader\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\"b\n\x10\x43heckpointHeader\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x11\n\tcommitted\x18\x03 \x01(\r\x12\x1b\n\x13\x63oefficients_digest\x18\x04 \x01(\x0c\"V\n\x15PostEvaluationRequest\x12)\n\nevaluation\x18\x01 \x01(\x0b\x32\x15.lorand.v1.Evaluation\x12\x12\n\nrun_digest\x18\x02 \x01(\x0c\"*\n\x16PostEvaluationResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x32\x8c\x02\n\rLedgerService\x12N\n\x0bReadEntries\x12\x1d.lorand.v1.ReadEntriesRequest\x1a\x1e.lorand.v1.ReadEntriesResponse0\x01\x12T\n\rGetCheckpoint\x12\x1f.lorand.v1.GetCheckpointRequest\x1a .lorand.v1.GetCheckpointResponse0\x01\x12U\n\x0ePostEvaluation\x12 .lorand.v1.PostEvaluationRequest\x1a!.lorand.v1.PostEvaluationResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16lorand/v1/ledger.proto\x12\tlorand.v1\"\x9c\x02\n\x05\x45ntry\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x13\n\x0bround_index\x18\x02 \x01(\r\x12!\n\x05start\x18\x03 \x01(\x0b\x32\x10.lorand.v1.StartH\x00\x12#\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x11.lorand.v1.CommitH\x00\x12%\n\x07\x61\x62\x61ndon\x18\x05 \x01(\x0b\x32\x12.lorand.v1.AbandonH\x00\x12#\n\x06member\x18\x06 \x01(\x0b\x32\x11.lorand.v1.MemberH\x00\x12+\n\nevaluation\x18\x07 \x01(\x0b\x32\x15.lorand.v1.EvaluationH\x00\x12#\n\x06\x66inish\x18\x08 \x01(\x0b\x32\x11.lorand.v1.FinishH\x00\x42\x06\n\x04kind\"X\n\x05Start\x12\x0e\n\x06\x63onfig\x18\x01 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\x0c\x12\x18\n\x10tokenizer_digest\x18\x03 \x01(\x0c\x12\x10\n\x08manifest\x18\x04 \x01(\t\"\xbf\x01\n\x06\x43ommit\x12\r\n\x05scale\x18\x01 \x01(\x04\x12\r\n\x05\x63odes\x18\x02 \x01(\x0c\x12\x0f\n\x07workers\x18\x03 \x03(\r\x12\x16\n\x0escale_exponent\x18\x04 \x01(\x11\x12\x1c\n\x14\x63ontributions_digest\x18\x05 \x01(\x0c\x12\x12\n\ndirections\x18\x06 \x01(\r\x12!\n\x05\x62\x61sis\x18\x07 \x03(\x0b\x32\x12.lorand.v1.Columns\x12\x19\n\x11gives_up_subspace\x18\x08 \x01(\x08\"\'\n\x07\x43olumns\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\x0c\n\x04gaps\x18\x02 \x03(\r\"\x19\n\x07\x41\x62\x61ndon\x12\x0e\n\x06reason\x18\x01 \x01(\t\"&\n\x06Member\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\"v\n\nEvaluation\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x11\n\tcommitted\x18\x02 \x01(\r\x12\x11\n\tevaluator\x18\x03 \x01(\t\x12\x10\n\x08\x61\x63\x63uracy\x18\x04 \x01(\x01\x12\x0c\n\x04loss\x18\x05 \x01(\x01\x12\x10\n\x08\x65xamples\x18\x06 \x01(\r\"\x1b\n\x06\x46inish\x12\x11\n\tcommitted\x18\x01 \x01(\r\"\xc5\x01\n\x0c\x43ontribution\x12\x13\n\x0bround_index\x18\x01 \x01(\r\x12\r\n\x05\x63odes\x18\x02 \x01(\x0c\x12\x11\n\x04loss\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x10\n\x08\x65xamples\x18\x04 \x01(\r\x12\r\n\x05scale\x18\x05 \x01(\x04\x12!\n\x05votes\x18\x06 \x03(\x0b\x32\x12.lorand.v1.Columns\x12\x16\n\tcurvature\x18\x07 \x01(\x02H\x01\x88\x01\x01\x12\x0b\n\x03sum\x18\x08 \x01(\x0c\x42\x07\n\x05_lossB\x0c\n\n_curvature\"S\n\x12StoredContribution\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12-\n\x0c\x63ontribution\x18\x02 \x01(\x0b\x32\x17.lorand.v1.Contribution\"W\n\x12ReadEntriesRequest\x12\x15\n\rfrom_sequence\x18\x01 \x01(\x04\x12\x0e\n\x06\x66ollow\x18\x02 \x01(\x08\x12\x1a\n\x12with_contributions\x18\x03 \x01(\x08\"\\\n\x13ReadEntriesResponse\x12\x0f\n\x07\x65ntries\x18\x01 \x03(\x0c\x12\x34\n\rcontributions\x18\x02 \x03(\x0b\x32\x1d.lorand.v1.RoundContributions\"\\\n\x12RoundContributions\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x34\n\rcontributions\x18\x02 \x03(\x0b\x32\x1d.lorand.v1.StoredContribution\"\x16\n\x14GetCheckpointRequest\"S\n\x15GetCheckpointResponse\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x1b.lorand.v1.CheckpointHeader\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\"b\n\x10\x43heckpointHeader\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x0c\n\x04head\x18\x02 \x01(\x0c\x12\x11\n\tcommitted\x18\x03 \x01(\r\x12\x1b\n\x13\x63oefficients_digest\x18\x04 \x01(\x0c\"V\n\x15PostEvaluationRequest\x12)\n\nevaluation\x18\x01 \x01(\x0b\x32\x15.lorand.v1.Evaluation\x12\x12\n\nrun_digest\x18\x02 \x01(\x0c\"*\n\x16PostEvaluationResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x32\x8c\x02\n\rLedgerService\x12N\n\x0bReadEntries\x12\x1d.lorand.v1.ReadEntriesRequest\x1a\x1e.lorand.v1.ReadEntriesResponse0\x01\x12T\n\rGetCheckpoint\x12\x1f.lorand.v1.GetCheckpointRequest\x1a .lorand.v1.GetCheckpointResponse0\x01\x12U\n\x0ePostEvaluation\x12 .lorand.v1.PostEvaluationRequest\x1a!.lorand.v1.PostEvaluationResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,25 +48,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FINISH']._serialized_start=836
   _globals['_FINISH']._serialized_end=863
   _globals['_CONTRIBUTION']._serialized_start=866
-  _globals['_CONTRIBUTION']._serialized_end=1050
-  _globals['_STOREDCONTRIBUTION']._serialized_start=1052
-  _globals['_STOREDCONTRIBUTION']._serialized_end=1135
-  _globals['_READENTRIESREQUEST']._serialized_start=1137
-  _globals['_READENTRIESREQUEST']._serialized_end=1224
-  _globals['_READENTRIESRESPONSE']._serialized_start=1226
-  _globals['_READENTRIESRESPONSE']._serialized_end=1318
-  _globals['_ROUNDCONTRIBUTIONS']._serialized_start=1320
-  _globals['_ROUNDCONTRIBUTIONS']._serialized_end=1412
-  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1414
-  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1436
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=1438
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=1521
-  _globals['_CHECKPOINTHEADER']._serialized_start=1523
-  _globals['_CHECKPOINTHEADER']._serialized_end=1621
-  _globals['_POSTEVALUATIONREQUEST']._serialized_start=1623
-  _globals['_POSTEVALUATIONREQUEST']._serialized_end=1709
-  _globals['_POSTEVALUATIONRESPONSE']._serialized_start=1711
-  _globals['_POSTEVALUATIONRESPONSE']._serialized_end=1753
-  _globals['_LEDGERSERVICE']._serialized_start=1756
-  _globals['_LEDGERSERVICE']._serialized_end=2024
+  _globals['_CONTRIBUTION']._serialized_end=1063
+  _globals['_STOREDCONTRIBUTION']._serialized_start=1065
+  _globals['_STOREDCONTRIBUTION']._serialized_end=1148
+  _globals['_READENTRIESREQUEST']._serialized_start=1150
+  _globals['_READENTRIESREQUEST']._serialized_end=1237
+  _globals['_READENTRIESRESPONSE']._serialized_start=1239
+  _globals['_READENTRIESRESPONSE']._serialized_end=1331
+  _globals['_ROUNDCONTRIBUTIONS']._serialized_start=1333
+  _globals['_ROUNDCONTRIBUTIONS']._serialized_end=1425
+  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1427
+  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1449
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=1451
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=1534
+  _globals['_CHECKPOINTHEADER']._serialized_start=1536
+  _globals['_CHECKPOINTHEADER']._serialized_end=1634
+  _globals['_POSTEVALUATIONREQUEST']._serialized_start=1636
+  _globals['_POSTEVALUATIONREQUEST']._serialized_end=1722
+  _globals['_POSTEVALUATIONRESPONSE']._serialized_start=1724
+  _globals['_POSTEVALUATIONRESPONSE']._serialized_end=1766
+  _globals['_LEDGERSERVICE']._serialized_start=1769
+  _globals['_LEDGERSERVICE']._serialized_end=2037
 # @@protoc_insertion_point(module_scope)

@@ -323,6 +323,7 @@ class Contribution(_message.Message):
     SCALE_FIELD_NUMBER: _builtins.int
     VOTES_FIELD_NUMBER: _builtins.int
     CURVATURE_FIELD_NUMBER: _builtins.int
+    SUM_FIELD_NUMBER: _builtins.int
     round_index: _builtins.int
     """The round it answers."""
     codes: _builtins.bytes
@@ -339,6 +340,11 @@ class Contribution(_message.Message):
     """Mean of (L(w + μz) + L(w − μz) − 2 L(w)) / μ² over the directions: the curvature that they
     met. Absent unless the run probes its subspace and asks for telemetry.
     """
+    sum: _builtins.bytes
+    """In place of codes where only the sum of all participants is to be known: little-endian 64-bit
+    integers, one a direction, as they are (privacy.mode "central") or masked ("secure-sum"; see
+    lorand.privacy.vectors). Never stored: the ledger keeps the noisy mean, as worker 0.
+    """
     @_builtins.property
     def votes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Columns]:
         """Columns with most of this participant's gradient, in rounds that elect a subspace."""
@@ -353,10 +359,11 @@ class Contribution(_message.Message):
         scale: _builtins.int = ...,
         votes: _abc.Iterable[Global___Columns] | None = ...,
         curvature: _builtins.float | None = ...,
+        sum: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_curvature", b"_curvature", "_loss", b"_loss", "curvature", b"curvature", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_curvature", b"_curvature", "_loss", b"_loss", "codes", b"codes", "curvature", b"curvature", "examples", b"examples", "loss", b"loss", "round_index", b"round_index", "scale", b"scale", "votes", b"votes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_curvature", b"_curvature", "_loss", b"_loss", "codes", b"codes", "curvature", b"curvature", "examples", b"examples", "loss", b"loss", "round_index", b"round_index", "scale", b"scale", "sum", b"sum", "votes", b"votes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__curvature: _TypeAlias = _typing.Literal["curvature"]  # noqa: Y015
     _WhichOneofArgType__curvature: _TypeAlias = _typing.Literal["_curvature", b"_curvature"]  # noqa: Y015
@@ -378,7 +385,7 @@ class StoredContribution(_message.Message):
     WORKER_FIELD_NUMBER: _builtins.int
     CONTRIBUTION_FIELD_NUMBER: _builtins.int
     worker: _builtins.int
-    """Who."""
+    """Who; 0 for the noisy mean of all participants, where no single contribution is kept."""
     @_builtins.property
     def contribution(self) -> Global___Contribution:
         """What."""

@@ -1,0 +1,26 @@
+"""Files of a worker's own state, replaced whole and for their owner's eyes."""
+
+import os
+from pathlib import Path
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Replace a file; after a crash at any step it is the old one or the new one, whole.
+
+    On return it survives the loss of power too. Raises OSError.
+    """
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb", opener=_for_its_owner) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _for_its_owner(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
