@@ -7,8 +7,8 @@ noise, codes, the coordinator's optimizer. What differs from workers is what exp
 * Examples pass together where that is faster. An example's loss then differs in last bits, which
   accuracy does not notice; the proof of privacy does, so that workers pass them one at a time.
 * Vectors are clipped on the grid in floats, which is exact to some steps of the 2^30 in a bound.
-* Noise is at each worker (`each`), in the sum of all (`once`: what a trusted coordinator or a sum
-  that nobody can open allows), or nowhere, and then nothing is clipped either (`none`).
+* Noise is at each worker (`each`: mode "worker"), in the sum of all (`once`: mode "central", or
+  "secure-sum" where all members are counted on), or nowhere, and then nothing is clipped (`none`).
 """
 
 import random

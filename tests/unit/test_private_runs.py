@@ -129,6 +129,21 @@ def test_both_places_of_noise_release_the_mean_of_clipped_vectors() -> None:
     assert np.abs(expected).max() > 2 * noise
 
 
+@pytest.mark.usefixtures("quiet")
+def test_one_noise_is_that_of_a_central_run() -> None:
+    settings = {"clip_bound": 2.0, "mode": "central"}
+    central = config_for("spsa", **settings)
+    worker, coordinator = plan.mechanism(central, 0.01), plan.whole(central, 0.01)
+    parts = vectors([3, 1, 4], length=10.0)
+    total = np.sum([worker.steps(part) for part in parts], axis=0)
+    expected = coordinator.mean(coordinator.noisy(total, below(1)), WORKERS)
+
+    config = config_for("spsa", clip_bound=2.0, mode="worker")
+    (once,) = releases(config, "once", WORKERS, below(1))(parts)
+    two_steps_an_example = 2 * 8 * 2.0 / GRID / (WORKERS * 4)
+    assert once == pytest.approx(expected, rel=0, abs=two_steps_an_example)
+
+
 def test_quick_clipping_is_the_mechanisms_to_steps_of_the_grid() -> None:
     mixed = np.concatenate(vectors([5], length=10.0) + vectors([5], length=0.5))
     quick = private_runs.Quick("gaussian", 2.0, 0.01, 4).clipped(mixed)
