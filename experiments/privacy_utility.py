@@ -17,20 +17,21 @@ install it is said in experiments/dp_sgd.py.
 
 import argparse
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any
 
 import torch
 
 from experiments import dp_sgd, feature_heads, federation, private_runs, settings, tasks
-from experiments.cells import Cell, Store, mean_and_error
+from experiments.cells import COLUMNS, Cell, Store, mean_and_error
 from experiments.feature_heads import TRAINABLE, Labelled
 from experiments.federation import Point
 from experiments.private_runs import Noise
 from lorand.config import ModelSection, RunConfig
 from lorand_worker import model
 from lorand_worker.data import Examples
+from lorand_worker.tasks import Score
 
 SAMPLE_RATE = 0.25
 DELTA = 1e-5
@@ -238,24 +239,39 @@ def _lowest(loss: dict[Choice, float]) -> Choice:
     return min(loss, key=lambda choice: loss[choice] if math.isfinite(loss[choice]) else math.inf)
 
 
-def reported(name: str, title: str, privacy: Privacy) -> list[float]:
-    """Return the accuracies, by seed, that the results hold at the tuned choice."""
-    loss = {}
-    for choice in choices(ROWS[title], privacy):
-        tried = STORE.points(_cell(name, title, _tuned_as(privacy), choice, TUNING_SEED, True))
-        if tried is None:
-            return []
-        loss[choice] = tried[-1].score.loss
-    best = _lowest(loss)
-    found = [STORE.points(_cell(name, title, privacy, best, seed, False)) for seed in SEEDS]
-    return [curve[-1].score.accuracy for curve in found if curve]
+def reported(kept: dict[Cell, Score], name: str, title: str, privacy: Privacy) -> list[float]:
+    """Return the accuracies, by seed, of the kept cells at the choice that tuning took."""
+    tried = {
+        choice: _cell(name, title, _tuned_as(privacy), choice, TUNING_SEED, True)
+        for choice in choices(ROWS[title], privacy)
+    }
+    if not kept.keys() >= set(tried.values()):
+        return []
+    best = _lowest({choice: kept[cell].loss for choice, cell in tried.items()})
+    cells = [_cell(name, title, privacy, best, seed, False) for seed in SEEDS]
+    return [kept[cell].accuracy for cell in cells if cell in kept]
+
+
+def kept_cells() -> dict[Cell, Score]:
+    """Return the last scores of all cells that the results hold, read once."""
+    names = [field.name for field in fields(Cell)]
+    accuracy, loss = COLUMNS.index("accuracy"), COLUMNS.index("loss")
+    return {
+        Cell(**{key: row[key] for key in names}): Score(
+            row["points"][-1][accuracy], row["points"][-1][loss], row["scored_examples"]
+        )
+        for row in STORE.read()["cells"]
+    }
 
 
 def write() -> None:
     """Write the page from the results."""
     lines = ["# privacy_utility", "", *__doc__.split("\n\n")[:2], ""]
+    kept = kept_cells()
     for name in tasks.LABELS:
-        found = {title: _columns(name, title) for title in ROWS}
+        found = {
+            title: [reported(kept, name, title, privacy) for privacy in PRIVACY] for title in ROWS
+        }
         if any(column for columns in found.values() for column in columns):
             lines += [f"## {name}", "", *table(found), "", *verdict(found[SKETCH]), ""]
     STORE.write_text("\n".join([*lines, *NOTES, "", STORE.origin()]))
@@ -290,10 +306,6 @@ def verdict(columns: list[list[float]]) -> list[str]:
                 told += f" (target: at most 2) {'met' if mean <= TARGET else 'missed'}"
             lines.append(told)
     return [f"What it costs `{SKETCH}`:", "", *lines] if lines else []
-
-
-def _columns(name: str, title: str) -> list[list[float]]:
-    return [reported(name, title, privacy) for privacy in PRIVACY]
 
 
 def _show(accuracies: list[float]) -> str:
