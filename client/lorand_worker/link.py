@@ -6,15 +6,17 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from lorand import ledger, transport
+from lorand import credentials, ledger
 from lorand.config import PROTOCOL_VERSION, RunConfig
-from lorand.errors import ConnectionLost, HandshakeError, LedgerError
+from lorand.credentials import Credentials
+from lorand.errors import ConfigError, ConnectionLost, HandshakeError, LedgerError
 from lorand.ledger import Position
 from lorand.manifest import Identity
 from lorand.v1 import coordination_pb2 as wire
@@ -29,6 +31,13 @@ READ_TIMEOUT_S: Final = 600.0
 EXIT_POLL_S: Final = 1.0
 REQUESTS_QUEUED: Final = 64
 FEATURES: Final = ("checkpoint", "evaluation")
+
+REFUSALS: Final = (
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNAUTHENTICATED,
+)
 
 _Result = TypeVar("_Result")
 
@@ -48,15 +57,15 @@ class Traffic:
 class Link:
     """A channel to one coordinator. `give_up_s` bounds how long it is tried to be reached."""
 
-    def __init__(self, address: str, give_up_s: float) -> None:
-        """Open the channel; nothing is sent yet."""
-        self.address = address
+    def __init__(self, address: str, give_up_s: float, shown: Credentials | None = None) -> None:
+        """Open the channel; nothing is sent yet. Without credentials: on this machine alone."""
+        self.address, self.shown = address, shown
         self.traffic = Traffic()
         self._give_up_s = give_up_s
         self._open()
 
     def _open(self) -> None:
-        self._channel = grpc.insecure_channel(self.address, transport.channel_options())
+        self._channel = credentials.channel(self.address, self.shown)
         self._coordination = coordination.CoordinationServiceStub(self._channel)
         self._ledger = ledger_service.LedgerServiceStub(self._channel)
 
@@ -74,6 +83,7 @@ class Link:
         tries, since = 0, time.monotonic()
         while True:
             began, answered = time.monotonic(), False
+            self._take_renewed()
             try:
                 return attempt()
             except Retry as error:
@@ -92,12 +102,29 @@ class Link:
                 raise ConnectionLost(
                     f"the coordinator at {self.address} could not be reached for "
                     f"{self._give_up_s:.0f} s ({why}); check the address and that "
-                    "`lr-coordinator serve` runs, then give the same command again"
+                    f"`lr-coordinator serve` runs{self._doubt()}, then give the same command again"
                 )
             on_wait(why)
             limit = min(BACKOFF_LARGEST_S, BACKOFF_FIRST_S * 2**tries)
             time.sleep(random.SystemRandom().uniform(0, limit))
             tries += 1
+
+    def _take_renewed(self) -> None:
+        """Go on with the credentials that `lr-worker enrol --renew` has written meanwhile."""
+        if self.shown is None:
+            return
+        with suppress(ConfigError):  # the file is gone: what was read serves while it is good
+            newest = Credentials.read(self.shown.path)
+            if newest.certificate != self.shown.certificate:
+                self.close()
+                self.shown = newest
+                self._open()
+
+    def _doubt(self) -> str:
+        """Return what else may be wrong: TLS closes a connection without a word."""
+        if self.shown is None:
+            return " with --insecure, too"
+        return f", whether {self.shown.path} has expired ({self.shown.expires:%Y-%m-%d})"
 
     def get_run(self) -> tuple[RunConfig, Identity | None]:
         """Return the run's config, and the identity unless the first worker's is awaited."""
@@ -258,6 +285,11 @@ def _explain(error: grpc.RpcError) -> str:
         raise HandshakeError(
             f"the server there is no lorand coordinator of this version: {detail}"
         ) from error
-    if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED):
+    if code in REFUSALS:
         raise HandshakeError(f"the coordinator refused: {detail}") from error
+    if "CERTIFICATE_VERIFY_FAILED" in detail or "certificate signature failure" in detail:
+        raise HandshakeError(
+            "the server there is not certified by the authority of this worker's credentials: it "
+            "is another run's coordinator, or somebody in between; check the address"
+        ) from error
     return f"{code.name.lower() if code else 'error'}: {detail.splitlines()[0][:160]}"

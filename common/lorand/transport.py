@@ -1,8 +1,10 @@
 """Channel options and limits that both ends of a gRPC connection share."""
 
+from ipaddress import ip_address
 from typing import Final
 
 from lorand.config import RunConfig
+from lorand.errors import ConfigError
 
 CHUNK_BYTES: Final = 128 << 10
 """Size of a chunk of a checkpoint, and the target size of a page of entries."""
@@ -14,6 +16,39 @@ METADATA_BYTES: Final = 16 << 10
 KEEPALIVE_MS: Final = 60_000
 KEEPALIVE_TIMEOUT_MS: Final = 20_000
 SERVER_MIN_PING_MS: Final = 30_000
+
+
+def split(address: str) -> tuple[str, int]:
+    """Return host, without brackets, and port of a HOST:PORT. Raises ConfigError.
+
+    >>> split("[::1]:7700")
+    ('::1', 7700)
+    """
+    host, _, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    bracketed = host != bare and ":" in bare
+    if not bare or (":" in bare) != bracketed or not port.isascii() or not port.isdigit():
+        raise ConfigError(f"{address!r} is no HOST:PORT; write, say, 127.0.0.1:7700 or [::1]:7700")
+    if int(port) > 65535:
+        raise ConfigError(f"{address!r}: a port is at most 65535")
+    return bare, int(port)
+
+
+def join(host: str, port: int) -> str:
+    """Return HOST:PORT, an IPv6 address in brackets.
+
+    >>> join("::1", 7700)
+    '[::1]:7700'
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether what is sent to a host stays on this machine; names but localhost do not."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def message_limit(config: RunConfig) -> int:
