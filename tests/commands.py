@@ -25,6 +25,10 @@ from lorand_coordinator import show
 BIN: Final = Path(sys.executable).parent
 ROOT: Final = Path(__file__).resolve().parent.parent
 LIMIT_S: Final = 60.0
+CONNECTING: Final = frozenset(
+    {"serve", "status", "health", "join", "evaluate", "export", "squeeze", "replay"}
+)
+"""Commands that reach a coordinator, or may; `ledger export` is `ledger`."""
 ENVIRONMENT: Final = {
     **os.environ,
     # One thread a process: the models are tiny, and the machine is shared.
@@ -188,7 +192,12 @@ class Nursery:
 
 
 class Room:
-    """A folder with a run file, run.lock, a model and data, and the processes of one run."""
+    """A folder with a run file, run.lock, a model and data, and the processes of one run.
+
+    Unless `insecure` is set to False, it all goes without certificates.
+    """
+
+    insecure = True
 
     def __init__(
         self,
@@ -223,7 +232,12 @@ class Room:
         """Start a command in the folder."""
         self._logs += 1
         log = self.folder / f"{self._logs:03}-{program}.log"
-        return self._starter(self.folder, log, program, *arguments)
+        return self._starter(self.folder, log, program, *self.flagged(*arguments))
+
+    def flagged(self, *arguments: object) -> tuple[object, ...]:
+        """Return a command's arguments with --insecure, where it would take one."""
+        flags = ("--insecure",) if self.insecure and arguments[0] in CONNECTING else ()
+        return (*arguments, *flags)
 
     def once(self, program: str, *arguments: object) -> dict[str, Any]:
         """Run a command with --json to its end; return what it printed."""
