@@ -21,6 +21,12 @@ from lorand.v1 import enrolment_pb2 as pb
 from lorand.v1 import enrolment_pb2_grpc as service
 
 TIMEOUT_S: Final = 30.0
+REFUSALS: Final = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
 
 
 def enrol(line: str, given: Path | None, state: Path | None) -> tuple[Credentials, str]:
@@ -154,6 +160,11 @@ def _failure(address: str, error: Exception) -> ConnectionLost | HandshakeError:
     """Return what a failed call means to the owner of this machine."""
     code = error.code() if isinstance(error, grpc.Call) else None
     detail = (error.details() if isinstance(error, grpc.Call) else "") or str(error)
-    if code in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED):
+    if code in REFUSALS:
         return HandshakeError(f"the coordinator refused: {detail}")
-    return ConnectionLost(f"the coordinator at {address} did not answer ({detail[:200]})")
+    if (distrust := credentials.distrust(address, detail)) is not None:
+        return distrust
+    return ConnectionLost(
+        f"the coordinator at {address} did not answer ({detail[:200]}); check that `lr-coordinator "
+        "serve` runs, and give the same command again"
+    )

@@ -89,7 +89,7 @@ class Link:
             except Retry as error:
                 why, answered = str(error), True
             except grpc.RpcError as error:
-                why = _explain(error)
+                why = _explain(self.address, error)
             now = time.monotonic()
             if now - began > BACKOFF_LARGEST_S:
                 tries, since = 0, now
@@ -277,7 +277,7 @@ class Stream:
             self._requests.put_nowait(None)
 
 
-def _explain(error: grpc.RpcError) -> str:
+def _explain(address: str, error: grpc.RpcError) -> str:
     """Return a gRPC failure in a few words; raise it when coming back cannot help."""
     code = error.code() if isinstance(error, grpc.Call) else None
     detail = (error.details() if isinstance(error, grpc.Call) else "") or str(error)
@@ -287,9 +287,6 @@ def _explain(error: grpc.RpcError) -> str:
         ) from error
     if code in REFUSALS:
         raise HandshakeError(f"the coordinator refused: {detail}") from error
-    if "CERTIFICATE_VERIFY_FAILED" in detail or "certificate signature failure" in detail:
-        raise HandshakeError(
-            "the server there is not certified by the authority of this worker's credentials: it "
-            "is another run's coordinator, or somebody in between; check the address"
-        ) from error
+    if (distrust := credentials.distrust(address, detail)) is not None:
+        raise distrust from error
     return f"{code.name.lower() if code else 'error'}: {detail.splitlines()[0][:160]}"

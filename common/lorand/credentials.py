@@ -24,6 +24,13 @@ from lorand.errors import ConfigError, HandshakeError
 
 MAX_NAME: Final = 64
 _SCHEME: Final = "lorand://"
+_DISTRUST: Final = (
+    "CERTIFICATE_VERIFY_FAILED",
+    "WRONG_VERSION_NUMBER",
+    "certificate signature failure",
+    "is not in peer certificate",
+)
+"""What gRPC says of a server that is not the expected one; other failures may pass."""
 
 
 class Role(StrEnum):
@@ -183,6 +190,17 @@ def find(
             "with --insecure"
         )
     return Credentials.read(path)
+
+
+def distrust(address: str, detail: str) -> HandshakeError | None:
+    """Return what is wrong where a call failed because of who answered; None: something else."""
+    if not any(words in detail for words in _DISTRUST):
+        return None
+    return HandshakeError(
+        f"who answers at {address} is not certified for it by the run's authority: another "
+        "coordinator, one that serves with --insecure, or somebody in between. Nothing was sent; "
+        f"check the address, and ask the run's operator ({detail[-120:]})"
+    )
 
 
 def channel(address: str, credentials: Credentials | None) -> grpc.Channel:

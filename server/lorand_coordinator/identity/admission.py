@@ -28,6 +28,7 @@ from lorand_coordinator.identity.members import Members, Peer
 OPERATOR: Final = "operator"
 LOCAL: Final = ("localhost", "127.0.0.1", "::1")
 """The coordinator is always certified to its own machine: health checks and relays come from it."""
+EVERYWHERE: Final = ("0.0.0.0", "::")
 RENEW_BEFORE: Final = timedelta(days=60)
 
 
@@ -76,19 +77,19 @@ class Admission:
     def certify(self, address: str, names: Sequence[str]) -> None:
         """See to the coordinator's certificates before it serves at HOST:PORT.
 
-        They are renewed when they expire soon or `names` are others. Raises ConfigError when no
-        name is known by which workers could reach it.
+        They are renewed when they expire soon or name other hosts. Raises ConfigError when no name
+        is known by which workers could reach it.
         """
         path = self.folder / "server.pem"
         present = _names(path) if path.exists() else []
+        before = [name for name in present if name not in LOCAL]
         host, _ = transport.split(address)
-        wanted = [*names] or present or ([] if host in ("0.0.0.0", "::") else [host])
-        if not wanted:
+        if host in EVERYWHERE and not names and not before:
             raise ConfigError(
                 f"{host} is every address of this machine: say with --host-name by which name or "
                 "address workers reach it"
             )
-        wanted = list(dict.fromkeys([*wanted, *LOCAL]))
+        wanted = _with_local(names or [*(() if host in EVERYWHERE else (host,)), *before])
         if wanted != present or _expires_soon(path):
             self._certify_server(wanted)
         operator = self.folder / "operator.pem"
@@ -101,7 +102,7 @@ class Admission:
         A coordinator that serves takes them with the next connection. Raises ConfigError.
         """
         path = self.folder / "server.pem"
-        wanted = list(dict.fromkeys([*(names or _names(path)), *LOCAL]))
+        wanted = _with_local(names or _names(path))
         self._certify_server(wanted)
         self._certify_operator(self.folder / "operator.pem")
         return wanted
@@ -173,6 +174,10 @@ class Admission:
             return shown
 
         return grpc.dynamic_ssl_server_credentials(shown, newest, ask)
+
+
+def _with_local(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*names, *LOCAL]))
 
 
 def _names(path: Path) -> list[str]:

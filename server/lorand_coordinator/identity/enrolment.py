@@ -3,6 +3,7 @@
 from typing import Any, Final, NoReturn
 
 import grpc
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from lorand.credentials import Role, Subject
@@ -42,8 +43,8 @@ class Enrolment(service.EnrolmentServiceServicer):
 
     async def Enrol(self, request: pb.EnrolRequest, context: Context) -> pb.EnrolResponse:
         """See enrolment.proto."""
+        key = await self._key(request.signing_request, context)
         try:
-            key = requested_key(request.signing_request)
             certificate = self._members.redeem(
                 request.name,
                 request.token,
@@ -65,10 +66,9 @@ class Enrolment(service.EnrolmentServiceServicer):
                 grpc.StatusCode.UNAUTHENTICATED,
                 "renewing takes the certificate that is to be followed: call the port of the run",
             )
+        key = await self._key(request.signing_request, context)
+        certificate = self._authority.issue(peer.subject, key)
         try:
-            certificate = self._authority.issue(
-                peer.subject, requested_key(request.signing_request)
-            )
             self._members.renew(peer, certificate)
         except HandshakeError as error:
             log.warning("a renewal was refused: %s", error)
@@ -77,6 +77,12 @@ class Enrolment(service.EnrolmentServiceServicer):
             await self._unavailable(context, error)
         log.info("%r has a new certificate", peer.subject.name)
         return pb.RenewResponse(certificate=certificate.public_bytes(Encoding.DER))
+
+    async def _key(self, signing_request: bytes, context: Context) -> ec.EllipticCurvePublicKey:
+        try:
+            return requested_key(signing_request)
+        except HandshakeError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
     async def _unavailable(self, context: Context, error: StoreUnavailable) -> NoReturn:
         log.error("nobody can enrol: %s", error)

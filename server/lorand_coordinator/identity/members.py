@@ -72,7 +72,7 @@ class Members:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         """Open or create the file. `clock` is seconds since the epoch."""
-        self._path, self._clock = path, clock
+        self._path, self.clock = path, clock
         with self._trouble():
             self._database = sqlite3.connect(
                 path, isolation_level=None, timeout=5, check_same_thread=False
@@ -88,14 +88,14 @@ class Members:
         token = secrets.token_urlsafe(32)
         with self._writing():
             found = self._member(name)
-            if found is not None and not found.revoked and found.expires > self._clock():
+            if found is not None and not found.revoked and found.expires > self.clock():
                 raise ConfigError(
                     f"{name!r} is a member already: it renews its certificate with `lr-worker "
                     "enrol --renew`; if it lost its key, revoke it, then invite it again"
                 )
             self._database.execute(
                 "INSERT OR REPLACE INTO invitation VALUES (?, ?, ?, ?)",
-                (name, role, _hash(token), self._clock() + 3600 * hours),
+                (name, role, _hash(token), self.clock() + 3600 * hours),
             )
         return token
 
@@ -110,7 +110,7 @@ class Members:
                     "this invitation is not open: it was used, replaced or withdrawn, or was never "
                     "made here; ask the run's operator for a new one"
                 )
-            if row[2] <= self._clock():
+            if row[2] <= self.clock():
                 raise HandshakeError("this invitation has expired: ask for a new one")
             role = Role(row[0])
             self._database.execute("DELETE FROM invitation WHERE name = ?", (name,))
@@ -169,7 +169,7 @@ class Members:
             raise HandshakeError(
                 f"the membership of {name!r} was revoked; ask the run's operator about it"
             )
-        if peer.expires <= self._clock():
+        if peer.expires <= self.clock():
             raise HandshakeError(
                 f"the certificate of {name!r} has expired; ask the run's operator for an invitation"
             )
@@ -181,7 +181,7 @@ class Members:
 
     def listed(self) -> list[Listed]:
         """Return all members and open invitations, by name."""
-        present = self._clock()
+        present = self.clock()
         with self._trouble():
             rows = self._database.execute("SELECT name, role, expires, revoked FROM member")
             lines = [
