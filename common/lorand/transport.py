@@ -25,8 +25,8 @@ def split(address: str) -> tuple[str, int]:
     ('::1', 7700)
     """
     host, _, port = address.rpartition(":")
-    bare = host.removeprefix("[").removesuffix("]")
-    bracketed = host != bare and ":" in bare
+    bracketed = host.startswith("[") and host.endswith("]")
+    bare = host[1:-1] if bracketed else host
     if not bare or (":" in bare) != bracketed or not port.isascii() or not port.isdigit():
         raise ConfigError(f"{address!r} is no HOST:PORT; write, say, 127.0.0.1:7700 or [::1]:7700")
     if int(port) > 65535:
