@@ -16,8 +16,9 @@ from typing import Any, Final, Protocol, Self
 import grpc
 from tests import tiny
 
-from lorand import ledger
+from lorand import credentials, ledger
 from lorand.config import RunConfig
+from lorand.credentials import Credentials
 from lorand.v1 import status_pb2 as pb
 from lorand.v1 import status_pb2_grpc as service
 from lorand_coordinator import show
@@ -293,9 +294,9 @@ class MakeRoom:
         return Room(folder, content, model or self._model, self._data, starter or self._starter)
 
 
-def status(address: str) -> pb.GetStatusResponse | None:
+def status(address: str, shown: Credentials | None = None) -> pb.GetStatusResponse | None:
     """Return a coordinator's status; None where none answers."""
-    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+    with credentials.channel(address, shown) as channel:
         try:
             answer: pb.GetStatusResponse = service.StatusServiceStub(channel).GetStatus(
                 pb.GetStatusRequest(), timeout=5
@@ -305,9 +306,9 @@ def status(address: str) -> pb.GetStatusResponse | None:
     return answer
 
 
-def committed(address: str) -> int:
+def committed(address: str, shown: Credentials | None = None) -> int:
     """Return how many rounds a coordinator has committed; -1 where none answers."""
-    answer = status(address)
+    answer = status(address, shown)
     return -1 if answer is None else answer.committed
 
 

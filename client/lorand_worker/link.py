@@ -62,16 +62,25 @@ class Link:
         self.address, self.shown = address, shown
         self.traffic = Traffic()
         self._give_up_s = give_up_s
+        self._channel: grpc.Channel | None = None
         self._open()
 
     def _open(self) -> None:
+        """Open a channel, in place of one that failed.
+
+        That would connect again while somebody calls, and at no other time: between calls nothing
+        reads its sockets, so that the handshakes it begins run out of time.
+        """
+        self.close()
+        self._take_renewed()
         self._channel = credentials.channel(self.address, self.shown)
         self._coordination = coordination.CoordinationServiceStub(self._channel)
         self._ledger = ledger_service.LedgerServiceStub(self._channel)
 
     def close(self) -> None:
         """Close the channel."""
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
 
     def persist(self, attempt: Callable[[], _Result], on_wait: Callable[[str], None]) -> _Result:
         """Return the result of `attempt`, repeated with full jitter while the coordinator is away.
@@ -83,13 +92,13 @@ class Link:
         tries, since = 0, time.monotonic()
         while True:
             began, answered = time.monotonic(), False
-            self._take_renewed()
             try:
                 return attempt()
             except Retry as error:
                 why, answered = str(error), True
             except grpc.RpcError as error:
                 why = _explain(self.address, error)
+                self._open()
             now = time.monotonic()
             if now - began > BACKOFF_LARGEST_S:
                 tries, since = 0, now
@@ -114,11 +123,7 @@ class Link:
         if self.shown is None:
             return
         with suppress(ConfigError):  # the file is gone: what was read serves while it is good
-            newest = Credentials.read(self.shown.path)
-            if newest.certificate != self.shown.certificate:
-                self.close()
-                self.shown = newest
-                self._open()
+            self.shown = Credentials.read(self.shown.path)
 
     def _doubt(self) -> str:
         """Return what else may be wrong: TLS closes a connection without a word."""

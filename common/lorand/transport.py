@@ -16,6 +16,7 @@ METADATA_BYTES: Final = 16 << 10
 KEEPALIVE_MS: Final = 60_000
 KEEPALIVE_TIMEOUT_MS: Final = 20_000
 SERVER_MIN_PING_MS: Final = 30_000
+HANDSHAKE_MS: Final = 10_000
 
 
 def split(address: str) -> tuple[str, int]:
@@ -59,7 +60,8 @@ def message_limit(config: RunConfig) -> int:
 def channel_options() -> list[tuple[str, int]]:
     """Options of a worker's channel.
 
-    Its reconnects are the session's own (full jitter), so gRPC's backoff is kept short.
+    Its reconnects are the session's own (full jitter), so gRPC's backoff is kept short, but for the
+    smallest, which is gRPC's limit for a handshake.
     """
     return [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -69,7 +71,7 @@ def channel_options() -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 200),
+        ("grpc.min_reconnect_backoff_ms", HANDSHAKE_MS),
         ("grpc.max_reconnect_backoff_ms", 3000),
         ("grpc.enable_http_proxy", 0),
     ]
