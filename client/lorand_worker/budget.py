@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
-from lorand import schedules
+from lorand import durable, schedules
 from lorand.config import RunConfig
 from lorand.errors import BudgetSpent, LorandError
 from lorand.privacy import accountant, diff2, plan
@@ -24,7 +24,6 @@ from lorand.privacy.accountant import Release
 from lorand.privacy.diff2 import Rule
 from lorand.privacy.mechanism import Mechanism
 from lorand.v1 import ledger_pb2 as pb
-from lorand_worker import durable
 from lorand_worker.feedback import Place
 
 FORMAT: Final = "lorand/budget/v1"

@@ -228,6 +228,7 @@ class ServiceSection(Section):
     """Operation of the coordinator: not part of the run's identity."""
 
     address: str = "127.0.0.1:7700"
+    enrol_address: str = ""
     ledger: str = ""
     checkpoint_every: Count = 50
     heartbeat_s: Positive = 10.0
