@@ -24,11 +24,11 @@ from lorand.privacy import plan
 from lorand.privacy.roster import Roster
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
-from lorand_coordinator import diagnostics, history, payoff, presets, refinement, show
+from lorand_coordinator import diagnostics, history, ledgers, payoff, presets, refinement, show
 from lorand_coordinator.hub import Hub
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.service import serve as serve_hub
-from lorand_coordinator.store import SqliteStore
+from lorand_coordinator.store import SqliteStore, Store
 from lorand_coordinator.summing import CentralSum, Summing
 
 EXIT_CODES = """Exit codes: 0 done; 2 wrong run file or flag; 5 refused; 6 ledger damaged, in use or
@@ -45,7 +45,9 @@ app.add_typer(ledger_app, name="ledger")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Address = Annotated[str, typer.Argument(help="HOST:PORT of a running coordinator.")]
-LedgerFile = Annotated[Path, typer.Argument(help="A ledger (SQLite), or an exported one.")]
+LedgerFile = Annotated[
+    str, typer.Argument(metavar="LEDGER", help="A file, postgresql://…#RUN, or an exported ledger.")
+]
 TIMEOUT_S = 5.0
 
 
@@ -77,7 +79,9 @@ def init(
 def serve(
     run: Annotated[Path, typer.Argument(help="The run file.")],
     address: Annotated[str, typer.Option(help="HOST:PORT; port 0 picks a free one.")] = "",
-    ledger_path: Annotated[Path | None, typer.Option("--ledger", help="The ledger file.")] = None,
+    ledger_at: Annotated[
+        str, typer.Option("--ledger", help="The ledger: a file, or postgresql://… for many runs.")
+    ] = "",
     roster: Annotated[
         Path | None,
         typer.Option(help="Secure sums: the members' roster; default: roster.json by the run."),
@@ -116,8 +120,12 @@ def serve(
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     summing = _summing(config, roster or run.with_name("roster.json"))
-    path = ledger_path or Path(config.service.ledger or run.with_name(f"{config.run.name}.ledger"))
-    store = SqliteStore(path)
+    location = ledger_at or config.service.ledger or run.with_name(f"{config.run.name}.ledger")
+    store: Store = (
+        ledgers.database(str(location), config.run.name, config.service.address)
+        if ledgers.in_database(location)
+        else SqliteStore(location)
+    )
     try:
         asyncio.run(_serve(Sequencer(config, store, identity, summing), json_output))
     finally:
@@ -216,7 +224,12 @@ def health(address: Address = "127.0.0.1:7700", json_output: Json = False) -> No
         raise typer.Exit(ConnectionLost.exit_code)
 
 
-LedgerInUse = Annotated[Path, typer.Argument(help="The coordinator's ledger; it may be in use.")]
+LedgerInUse = Annotated[
+    str,
+    typer.Argument(
+        metavar="LEDGER", help="The coordinator's: a file, or postgresql://…#RUN; it may be in use."
+    ),
+]
 
 
 @app.command()

@@ -3,7 +3,8 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -27,6 +28,7 @@ FOLLOW_POLL_S: Final = 1.0
 FEATURES: Final = ("checkpoint", "evaluation")
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_Result = TypeVar("_Result")
 
 
 class Coordination(coordination.CoordinationServiceServicer):
@@ -111,7 +113,7 @@ class Ledger(ledger_service.LedgerServiceServicer):
         while True:
             grown = self._hub.grown
             while at < len(store):
-                page = self._page(at, request.with_contributions)
+                page = await _read(context, partial(self._page, at, request.with_contributions))
                 at += len(page.entries)
                 yield page
             if not request.follow:
@@ -147,7 +149,7 @@ class Ledger(ledger_service.LedgerServiceServicer):
         self, request: pb.GetCheckpointRequest, context: Context
     ) -> AsyncIterator[pb.GetCheckpointResponse]:
         """See ledger.proto."""
-        checkpoint = self._hub.sequencer.store.newest_checkpoint()
+        checkpoint = await _read(context, self._hub.sequencer.store.newest_checkpoint)
         if checkpoint is None:
             yield pb.GetCheckpointResponse()
             return
@@ -174,6 +176,14 @@ class Ledger(ledger_service.LedgerServiceServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         self._hub.deliver(outgoing)
         return pb.PostEvaluationResponse(sequence=len(self._hub.sequencer.store) - 1)
+
+
+async def _read(context: Context, read: Callable[[], _Result]) -> _Result:
+    """Return what is read; where the store is away the caller is asked to come back."""
+    try:
+        return read()
+    except StoreUnavailable as error:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
 
 class Status(status_service.StatusServiceServicer):
