@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 
 from lorand import ledger, transport
 from lorand.config import PROTOCOL_VERSION, RunConfig
-from lorand.errors import ConnectionLost, HandshakeError, LedgerError
+from lorand.errors import ConfigError, ConnectionLost, HandshakeError, LedgerError
 from lorand.ledger import Position
 from lorand.manifest import Identity
 from lorand.v1 import coordination_pb2 as wire
@@ -46,23 +46,36 @@ class Traffic:
 
 
 class Link:
-    """A channel to one coordinator. `give_up_s` bounds how long it is tried to be reached."""
+    """A channel to a coordinator. `give_up_s` bounds how long it is tried to be reached.
+
+    Of several addresses, separated by commas, the next is tried where one is away or stands by.
+    """
 
     def __init__(self, address: str, give_up_s: float) -> None:
-        """Open the channel; nothing is sent yet."""
+        """Open the channel; nothing is sent yet. Raises ConfigError without an address."""
         self.address = address
+        self._addresses = [part.strip() for part in address.split(",") if part.strip()]
+        if not self._addresses:
+            raise ConfigError("no coordinator's address was given: HOST:PORT, or several with ,")
         self.traffic = Traffic()
         self._give_up_s = give_up_s
         self._open()
 
     def _open(self) -> None:
-        self._channel = grpc.insecure_channel(self.address, transport.channel_options())
+        self._channel = grpc.insecure_channel(self._addresses[0], transport.channel_options())
         self._coordination = coordination.CoordinationServiceStub(self._channel)
         self._ledger = ledger_service.LedgerServiceStub(self._channel)
 
     def close(self) -> None:
         """Close the channel."""
         self._channel.close()
+
+    def _turn(self) -> None:
+        """Go on with the next address."""
+        if len(self._addresses) > 1:
+            self._channel.close()
+            self._addresses = [*self._addresses[1:], self._addresses[0]]
+            self._open()
 
     def persist(self, attempt: Callable[[], _Result], on_wait: Callable[[str], None]) -> _Result:
         """Return the result of `attempt`, repeated with full jitter while the coordinator is away.
@@ -95,7 +108,8 @@ class Link:
                     "`lr-coordinator serve` runs, then give the same command again"
                 )
             on_wait(why)
-            limit = min(BACKOFF_LARGEST_S, BACKOFF_FIRST_S * 2**tries)
+            self._turn()
+            limit = min(BACKOFF_LARGEST_S, BACKOFF_FIRST_S * 2 ** (tries // len(self._addresses)))
             time.sleep(random.SystemRandom().uniform(0, limit))
             tries += 1
 

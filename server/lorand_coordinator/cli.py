@@ -28,7 +28,7 @@ from lorand_coordinator import diagnostics, history, ledgers, payoff, presets, r
 from lorand_coordinator.hub import Hub
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.service import serve as serve_hub
-from lorand_coordinator.store import SqliteStore, Store
+from lorand_coordinator.store import SqliteStore
 from lorand_coordinator.summing import CentralSum, Summing
 
 EXIT_CODES = """Exit codes: 0 done; 2 wrong run file or flag; 5 refused; 6 ledger damaged, in use or
@@ -119,13 +119,14 @@ def serve(
             f"`lr-worker prepare {run}`"
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    summing = _summing(config, roster or run.with_name("roster.json"))
     location = ledger_at or config.service.ledger or run.with_name(f"{config.run.name}.ledger")
-    store: Store = (
-        ledgers.database(str(location), config.run.name, config.service.address)
-        if ledgers.in_database(location)
-        else SqliteStore(location)
-    )
+    members = roster or run.with_name("roster.json")
+    if ledgers.in_database(location):
+        _summing(config, members)  # what is wrong with it is told now, not at a takeover
+        asyncio.run(_share(config, str(location), identity, members, json_output))
+        return
+    summing = _summing(config, members)
+    store = SqliteStore(location)
     try:
         asyncio.run(_serve(Sequencer(config, store, identity, summing), json_output))
     finally:
@@ -148,12 +149,18 @@ def _summing(config: RunConfig, roster: Path) -> Summing | None:
     return SecureSum(config, members, multiplier)
 
 
-async def _serve(sequencer: Sequencer, json_output: bool) -> None:
-    config = sequencer.config
+def _interrupted() -> asyncio.Event:
+    """Return an event that SIGINT and SIGTERM set."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+async def _serve(sequencer: Sequencer, json_output: bool) -> None:
+    config = sequencer.config
+    stop = _interrupted()
 
     def ready(bound: str) -> None:
         if json_output:
@@ -166,6 +173,32 @@ async def _serve(sequencer: Sequencer, json_output: bool) -> None:
         sys.stdout.flush()
 
     await serve_hub(Hub(sequencer), on_ready=ready, until=stop)
+    logging.getLogger("lorand.coordinator").info("stopped; the ledger is whole")
+
+
+async def _share(
+    config: RunConfig, url: str, identity: Identity | None, roster: Path, json_output: bool
+) -> None:
+    """Be one of several coordinators of a run whose ledger is in a database."""
+    ledgers.check_installed()
+    from lorand_coordinator import standby
+    from lorand_coordinator.store_postgres import PostgresStore
+
+    def take_over(config: RunConfig, leader: str) -> Sequencer:
+        store = PostgresStore(url, config.run.name, leader=leader)
+        try:
+            return Sequencer(config, store, identity, _summing(config, roster))
+        except BaseException:
+            store.close()
+            raise
+
+    def tell(event: str, address: str, text: str) -> None:
+        name = config.run.name
+        content = {"event": event, "address": address, "run": name, "text": text}
+        out(json.dumps(content) if json_output else f"run {name!r}, {address}: {event}; {text}")
+        sys.stdout.flush()
+
+    await standby.serve(standby.Coordinator(config, take_over, tell), _interrupted())
     logging.getLogger("lorand.coordinator").info("stopped; the ledger is whole")
 
 

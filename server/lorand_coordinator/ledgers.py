@@ -4,14 +4,12 @@ A database holds the ledgers of many runs. `postgresql://…#RUN` names one; a c
 run's name anyway, and a reader needs none where there is one run.
 """
 
+from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from lorand.errors import ConfigError
 from lorand_coordinator.store import SqliteStore, Store
-
-if TYPE_CHECKING:  # the library behind it is an extra
-    from lorand_coordinator.store_postgres import PostgresStore
 
 Location = str | Path
 SCHEMES: Final = ("postgresql://", "postgres://")
@@ -22,23 +20,17 @@ def in_database(location: Location) -> bool:
     return str(location).startswith(SCHEMES)
 
 
+def check_installed() -> None:
+    """Raise ConfigError unless the client library of databases is there."""
+    if util.find_spec("psycopg") is None:
+        raise ConfigError("a ledger in PostgreSQL needs psycopg: pip install 'lorand[postgres]'")
+
+
 def reader(location: Location) -> Store:
     """Open a ledger that may be in use. Raises LedgerError, or ConfigError without psycopg."""
-    if in_database(location):
-        return _postgres()(str(location), read_only=True)
-    return SqliteStore(location, read_only=True)
+    if not in_database(location):
+        return SqliteStore(location, read_only=True)
+    check_installed()
+    from lorand_coordinator.store_postgres import PostgresStore
 
-
-def database(url: str, run: str, leader: str) -> "PostgresStore":
-    """Take a run over in a database; see PostgresStore. Raises ConfigError without psycopg."""
-    return _postgres()(url, run, leader=leader)
-
-
-def _postgres() -> "type[PostgresStore]":
-    try:
-        from lorand_coordinator.store_postgres import PostgresStore
-    except ImportError as error:
-        raise ConfigError(
-            "a ledger in PostgreSQL needs psycopg: pip install 'lorand[postgres]'"
-        ) from error
-    return PostgresStore
+    return PostgresStore(str(location), read_only=True)

@@ -10,7 +10,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from lorand import transport
-from lorand.config import PROTOCOL_VERSION
+from lorand.config import PROTOCOL_VERSION, RunConfig
 from lorand.errors import ConfigError, HandshakeError, LorandError
 from lorand.ledger import coefficients_digest
 from lorand.v1 import coordination_pb2 as wire
@@ -236,6 +236,19 @@ class Status(status_service.StatusServiceServicer):
         return answer
 
 
+def bind(server: grpc.aio.Server, config: RunConfig) -> str:
+    """Bind a server to the run's address; return it with its port. Raises ConfigError."""
+    address = config.service.address
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cannot listen on {address}: the port is in use or the address is not this machine's; "
+            "set service.address"
+        ) from error
+    return f"{address.rsplit(':', 1)[0]}:{port}"
+
+
 async def serve(hub: Hub, *, on_ready: Callable[[str], None], until: asyncio.Event) -> None:
     """Serve until the event is set, then drain: no new work, streams end, nothing is lost.
 
@@ -247,18 +260,11 @@ async def serve(hub: Hub, *, on_ready: Callable[[str], None], until: asyncio.Eve
     status_service.add_StatusServiceServicer_to_server(Status(hub), server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    address = hub.config.service.address
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"cannot listen on {address}: the port is in use or the address is not this machine's; "
-            "set service.address"
-        ) from error
+    address = bind(server, hub.config)
     await server.start()
     await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
     ticker = asyncio.create_task(hub.tick())
-    on_ready(f"{address.rsplit(':', 1)[0]}:{port}")
+    on_ready(address)
     try:
         await _first_of(ticker, until.wait())
     finally:

@@ -35,6 +35,9 @@ def as_dict(answer: status.GetStatusResponse) -> dict[str, Any]:
 
 def panel(answer: status.GetStatusResponse) -> RenderableType:
     """Return a status for people."""
+    if answer.phase == "standing by":  # it knows nothing of the run's progress
+        text = f"{answer.phase}: {answer.reason}"
+        return Panel(text, title=f"run {answer.name}", title_align="left")
     loss = f", loss {answer.loss:.4f}" if answer.HasField("loss") else ""
     lines: list[RenderableType] = [
         f"{answer.phase}: {answer.reason}",

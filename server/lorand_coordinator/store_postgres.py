@@ -114,12 +114,11 @@ class PostgresStore:
         lock is free only when the connection before has ended at the server, so that what it was
         about to commit is either there by now or never will be.
         """
-        if self._epoch is None:
-            postgres.migrate(connection)
         (locked,) = connection.execute(_LOCK, (self._run,)).fetchone() or (False,)
         if self._epoch is None:
             if not locked:
                 raise InUse(self._in_use(connection))
+            postgres.migrate(connection)
             row = connection.execute(_TAKE_OVER, (self._run, self._leader)).fetchone()
             assert row is not None
             self._epoch = row[0]
