@@ -24,7 +24,16 @@ from lorand.privacy import plan
 from lorand.privacy.roster import Roster
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
-from lorand_coordinator import diagnostics, history, ledgers, payoff, presets, refinement, show
+from lorand_coordinator import (
+    backup_cli,
+    diagnostics,
+    history,
+    ledgers,
+    payoff,
+    presets,
+    refinement,
+    show,
+)
 from lorand_coordinator.hub import Hub
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.service import serve as serve_hub
@@ -40,8 +49,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-ledger_app = typer.Typer(help="Read a ledger file.", no_args_is_help=True)
+ledger_app = typer.Typer(help="Read, export, back up and restore ledgers.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
+ledger_app.command()(backup_cli.backup)
+ledger_app.command()(backup_cli.restore)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Address = Annotated[str, typer.Argument(help="HOST:PORT of a running coordinator.")]

@@ -20,6 +20,14 @@ def in_database(location: Location) -> bool:
     return str(location).startswith(SCHEMES)
 
 
+def database(url: str, run: str, leader: str) -> Store:
+    """Take a run over in a database; see PostgresStore. Raises ConfigError without psycopg."""
+    check_installed()
+    from lorand_coordinator.store_postgres import PostgresStore
+
+    return PostgresStore(url, run, leader=leader)
+
+
 def check_installed() -> None:
     """Raise ConfigError unless the client library of databases is there."""
     if util.find_spec("psycopg") is None:

@@ -31,6 +31,10 @@ CREATE TABLE IF NOT EXISTS checkpoint (
 _APPLICATION_ID: Final = 0x4C6F5261  # "LoRa": marks the file as a LoRand ledger
 
 
+Record = tuple[bytes, Sequence[bytes]]
+"""An entry's body and its contributions."""
+
+
 class StoreUnavailable(LedgerError):
     """Nothing was written; trying again later may help (disk full, I/O error)."""
 
@@ -53,6 +57,12 @@ class Store(Protocol):
         """Give the entry its sequence and make it durable; return (body, digest).
 
         Raises StoreUnavailable when nothing was written.
+        """
+
+    def load(self, records: Iterable[Record], checkpoint: Checkpoint | None) -> None:
+        """Fill an empty store with another's history, whole or not at all.
+
+        Raises LedgerError when it is not empty, StoreUnavailable when nothing was written.
         """
 
     def __len__(self) -> int:
@@ -86,6 +96,15 @@ def serialised(entry: pb.Entry, sequence: int) -> bytes:
     numbered.CopyFrom(entry)
     numbered.sequence = sequence
     return numbered.SerializeToString(deterministic=True)
+
+
+def check_empty(store: Store, place: str) -> None:
+    """Raise LedgerError when a store that is to be filled holds entries."""
+    if len(store):
+        raise LedgerError(
+            f"{place} holds {len(store)} entries already; restore to another place, or move them "
+            "away first"
+        )
 
 
 def check_chain(rows: Iterable[tuple[Any, ...]], place: str, what: str) -> tuple[int, bytes]:
@@ -181,18 +200,38 @@ class SqliteStore:
         try:
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")
-                self._database.execute(
-                    "INSERT INTO entry VALUES (?, ?, ?)", (self._count, body, digest)
-                )
-                self._database.executemany(
-                    "INSERT INTO contribution VALUES (?, ?, ?)",
-                    [(self._count, i, part) for i, part in enumerate(contributions)],
-                )
+                self._insert(self._count, body, digest, contributions)
         except sqlite3.Error as error:
             if not self._has(digest):
                 raise StoreUnavailable(f"{error}; free space at {self._path}") from error
         self._head, self._count = digest, self._count + 1
         return body, digest
+
+    def _insert(
+        self, sequence: int, body: bytes, digest: bytes, contributions: Sequence[bytes]
+    ) -> None:
+        self._database.execute("INSERT INTO entry VALUES (?, ?, ?)", (sequence, body, digest))
+        self._database.executemany(
+            "INSERT INTO contribution VALUES (?, ?, ?)",
+            [(sequence, i, part) for i, part in enumerate(contributions)],
+        )
+
+    def load(self, records: Iterable[Record], checkpoint: Checkpoint | None) -> None:
+        """See Store."""
+        check_empty(self, self._path)
+        count, head = 0, GENESIS
+        try:
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                for body, contributions in records:
+                    head = entry_digest(head, body)
+                    self._insert(count, body, head, contributions)
+                    count += 1
+        except sqlite3.Error as error:
+            raise StoreUnavailable(f"{error}; free space at {self._path}") from error
+        self._count, self._head = count, head
+        if checkpoint is not None:
+            self.save_checkpoint(checkpoint)
 
     def _has(self, digest: bytes) -> bool:
         """Whether the next entry is there already: a commit that reported failure may be done."""

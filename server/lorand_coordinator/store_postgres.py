@@ -6,7 +6,7 @@ append writes only where the row still holds the epoch of its writer, in one tra
 the row, so a leader that was paused, cut off or slow can never write after another took over.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 from lorand.errors import LedgerError
@@ -16,8 +16,10 @@ from lorand_coordinator import postgres
 from lorand_coordinator.store import (
     PAGE,
     Checkpoint,
+    Record,
     StoreUnavailable,
     check_chain,
+    check_empty,
     serialised,
 )
 
@@ -178,20 +180,40 @@ class PostgresStore:
         body = serialised(entry, self._count)
         digest = entry_digest(self._head, body)
         try:
-            self._insert(body, digest, contributions)
+            with self._session.use() as connection, connection.transaction():
+                self._insert(connection, self._count, body, digest, contributions)
         except StoreUnavailable:
             if not self._has(digest):
                 raise
         self._head, self._count = digest, self._count + 1
         return body, digest
 
-    def _insert(self, body: bytes, digest: bytes, contributions: Sequence[bytes]) -> None:
-        row = (self._count, body, digest, self._run, self._writing())
+    def _insert(
+        self,
+        connection: postgres.Connection,
+        sequence: int,
+        body: bytes,
+        digest: bytes,
+        contributions: Sequence[bytes],
+    ) -> None:
+        row = (sequence, body, digest, self._run, self._writing())
+        if connection.execute(_APPEND, row).rowcount == 0:
+            raise self._taken_over()
+        if contributions:
+            connection.execute(_CONTRIBUTE, (self._run, sequence, [*contributions]))
+
+    def load(self, records: Iterable[Record], checkpoint: Checkpoint | None) -> None:
+        """See Store."""
+        check_empty(self, self.name)
+        count, head = 0, GENESIS
         with self._session.use() as connection, connection.transaction():
-            if connection.execute(_APPEND, row).rowcount == 0:
-                raise self._taken_over()
-            if contributions:
-                connection.execute(_CONTRIBUTE, (self._run, self._count, [*contributions]))
+            for body, contributions in records:
+                head = entry_digest(head, body)
+                self._insert(connection, count, body, head, contributions)
+                count += 1
+        self._count, self._head = count, head
+        if checkpoint is not None:
+            self.save_checkpoint(checkpoint)
 
     def _has(self, digest: bytes) -> bool:
         """Whether the next entry is there already: a commit that reported failure may be done."""

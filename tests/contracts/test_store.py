@@ -128,6 +128,32 @@ def test_an_entry_that_is_not_there_is_our_error(store: Store) -> None:
         store.digest(2)
 
 
+def test_an_empty_store_takes_anothers_history(store: Store) -> None:
+    with closing(SqliteStore(":memory:")) as other:
+        bodies = fill(other, 5)
+        records = [(body, other.contributions(n)) for n, body in enumerate(bodies)]
+        store.load(records, checkpoint(3))
+        assert (len(store), store.head()) == (5, other.head())
+    assert list(store.entries()) == bodies
+    assert [store.contributions(n) for n in range(5)] == [parts for _, parts in records]
+    assert store.newest_checkpoint() == checkpoint(3)
+    with pytest.raises(LedgerError, match="holds 5 entries already"):
+        store.load(records, None)
+    store.append(commit(5))
+    assert parse(next(store.entries(5))).sequence == 5
+
+
+def test_a_history_that_breaks_off_leaves_nothing(store: Store) -> None:
+    def breaks_off() -> Iterator[tuple[bytes, list[bytes]]]:
+        yield b"first", [b"part"]
+        raise LedgerError("the other store is gone")
+
+    with pytest.raises(LedgerError, match="the other store is gone"):
+        store.load(breaks_off(), None)
+    assert (len(store), store.head(), store.contributions(0)) == (0, GENESIS, [])
+    fill(store, 1)
+
+
 # ------------------------------------------------------------- a commit that goes wrong
 
 PROBLEMS: Final = {
