@@ -33,7 +33,7 @@ def programs() -> Path | None:
 class Server:
     """A server in a folder. PostgreSQL does not run as root: then another user does."""
 
-    def __init__(self, folder: Path, binaries: Path) -> None:
+    def __init__(self, folder: Path, binaries: Path, settings: str = "") -> None:
         """Make a cluster and start it."""
         self._folder, self._binaries = folder, binaries
         self._user = _other_user()
@@ -41,7 +41,7 @@ class Server:
             shutil.chown(folder, self._user)
         self._run("initdb", "-D", folder / "data", "-U", "lorand", "--auth=trust", "--no-sync")
         with (folder / "data" / "postgresql.conf").open("a") as file:
-            file.write(_SETTINGS + f"unix_socket_directories = '{folder}'\n")
+            file.write(_SETTINGS + f"unix_socket_directories = '{folder}'\n" + settings)
         self.control("start")
 
     @property
@@ -94,10 +94,10 @@ def _other_user() -> str | None:
 
 
 @contextmanager
-def serving(binaries: Path) -> Iterator[Server]:
+def serving(binaries: Path, settings: str = "") -> Iterator[Server]:
     """Run a server; its folder is short, as a socket's path must be."""
     with tempfile.TemporaryDirectory(prefix="lorand-") as folder:
-        server = Server(Path(folder), binaries)
+        server = Server(Path(folder), binaries, settings)
         try:
             yield server
         finally:

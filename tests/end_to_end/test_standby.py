@@ -160,14 +160,14 @@ def test_commands_on_a_run_in_a_database(
     make_room: MakeRoom, nursery: Starter, postgres: Server
 ) -> None:
     """Those of docs/operations.md: status of who stands by, verify, backup of a run in use."""
-    room = make_room(settings(12)).lock()
+    room = make_room(settings(60)).lock()
     several = Several(room, nursery, postgres)
     try:
         wait_for(lambda: several.reached(2), "it goes on")
         leader = several.leaders[-1]
         other = next(address for address in several.addresses if address != leader)
         answer = room.once("lr-coordinator", "status", other)
-        assert (answer["phase"], answer["rounds"]) == ("standing by", 12)
+        assert (answer["phase"], answer["rounds"]) == ("standing by", 60)
         assert f":{leader.rpartition(':')[2]} leads run 'tiny-spsa' (epoch 1)" in answer["reason"]
         assert room.once("lr-coordinator", "health", leader) == {"serving": True}
         with room.start("lr-coordinator", "health", other, "--json") as health:
@@ -176,9 +176,12 @@ def test_commands_on_a_run_in_a_database(
         copy = room.folder / "copy.ledger"
         backed_up = room.once("lr-coordinator", "ledger", "backup", several.location, copy)
         assert room.once("lr-coordinator", "ledger", "verify", copy)["head"] == backed_up["head"]
+        several.coordinators[leader].signal(signal.SIGTERM)
+        assert several.coordinators[leader].end()[0] == 0
+        wait_for(lambda: several.reached(0) and several.leaders[-1] != leader, "it is handed over")
         several.check()
         verified = room.once("lr-coordinator", "ledger", "verify", several.location)
-        assert verified["committed"] == 12
+        assert verified["committed"] == 60
     finally:
         several.close()
         postgres.execute("DROP SCHEMA IF EXISTS lorand CASCADE")

@@ -1,11 +1,13 @@
 """Backups: from any store to a file and back, whole or not at all; runs go on with them."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Final
 
+import psycopg
 import pytest
 from tests.postgres import Server
 from tests.runs import IDENTITY, config_of, contribution, hello
@@ -99,6 +101,27 @@ def test_a_run_moves_into_a_database_and_goes_on(
         backup.restore(copy, url)
     with pytest.raises(LedgerError, match="is of run 'small', not of 'other'; leave out #other"):
         backup.restore(copy, f"{url}#other")
+
+
+@pytest.mark.postgres
+def test_a_damaged_run_is_replaced_as_the_page_says(tmp_path: Path, postgres: Server) -> None:
+    """Its epoch rises all the same: who led it before writes nothing."""
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    (removal,) = re.findall(r"```sql\n(BEGIN.*?)```", page, re.DOTALL)
+    url, copy = database(postgres, f"to_{tmp_path.name}"), tmp_path / "copy.ledger"
+    with closing(PostgresStore(url, "small")) as store:
+        take_rounds(store, 1, ROUNDS)
+        backup.backup(f"{url}#small", copy)
+        before = everything(copy)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("UPDATE lorand.entry SET body = 'x' WHERE sequence = 3")
+        with pytest.raises(LedgerError, match="breaks at entry 3"):
+            backup.restore(copy, url)
+        connection.execute(removal.replace("sentiment", "small").encode())
+    backup.restore(copy, url)
+    assert everything(f"{url}#small") == before
+    with closing(PostgresStore(url, "small")) as store:
+        assert store.epoch == 4
 
 
 def test_commands_say_what_was_copied(tmp_path: Path) -> None:
