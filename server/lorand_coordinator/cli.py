@@ -198,7 +198,9 @@ async def _share(
     def take_over(config: RunConfig, leader: str) -> Sequencer:
         store = PostgresStore(url, config.run.name, leader=leader)
         try:
-            return Sequencer(config, store, identity, _summing(config, roster))
+            sequencer = Sequencer(config, store, identity, _summing(config, roster))
+            store.begin_lease()
+            return sequencer
         except BaseException:
             store.close()
             raise

@@ -23,8 +23,6 @@ CONNECT_S: Final = 5
 STATEMENT_S: Final = 5
 ANSWER_S: Final = 8
 """Longer than a statement may take: a server that lives answers that it ran out of time."""
-IDLE_S: Final = 15
-"""After so long without a statement the server ends a session, and with it its advisory lock."""
 RETRY_S: Final = 0.2
 OLDEST_SERVER: Final = 140000
 
@@ -34,7 +32,6 @@ SET synchronous_commit = on;
 SET default_transaction_isolation = 'read committed';
 SET statement_timeout = '{STATEMENT_S}s';
 SET idle_in_transaction_session_timeout = '{STATEMENT_S}s';
-SET idle_session_timeout = '{IDLE_S}s';
 """
 _Result = TypeVar("_Result", covariant=True)
 

@@ -8,6 +8,7 @@ ended. A leader that learns that another took over stands by again.
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.service import Context, bind
 from lorand_coordinator.service import serve as serve_hub
 from lorand_coordinator.store import StoreUnavailable
-from lorand_coordinator.store_postgres import InUse, PostgresStore, TakenOver
+from lorand_coordinator.store_postgres import LEASE_S, InUse, PostgresStore, TakenOver
 
 POLL_S: Final = 1.0
 PHASE: Final = "standing by"
@@ -157,17 +158,21 @@ async def _lead(sequencer: Sequencer, tell: Tell, until: asyncio.Event) -> None:
         await watch
         store.close()
     if not until.is_set():
-        tell(PHASE, config.service.address, "another coordinator took over")
+        tell(PHASE, config.service.address, "this coordinator leads no longer")
 
 
 async def _watch(store: PostgresStore, until: asyncio.Event, over: asyncio.Event) -> None:
-    """Set `over` when the event is set, or when the store no longer leads."""
-    told = ""
+    """Set `over` when the event is set, or when the store no longer leads.
+
+    Without an answer for as long as the lease another coordinator may lead, which the database
+    would tell, but cannot: who holds on to its workers keeps them from the one that can write.
+    """
+    told, heard = "", time.monotonic()
     while not (until.is_set() or over.is_set()):
         await _pause(until)
         try:
             store.confirm()
-            told = ""
+            told, heard = "", time.monotonic()
         except TakenOver as error:
             log.warning("%s", error)
             break
@@ -175,6 +180,9 @@ async def _watch(store: PostgresStore, until: asyncio.Event, over: asyncio.Event
             if str(error) != told:
                 log.warning("%s", error)
             told = str(error)
+            if time.monotonic() - heard > LEASE_S:
+                log.warning("no answer from the database for %d s: standing by", LEASE_S)
+                break
     over.set()
 
 

@@ -24,6 +24,11 @@ from lorand_coordinator.store import (
 )
 
 SCHEME: Final = "postgresql://"
+LEASE_S: Final = 15
+"""After so long without a statement the server ends a leader's session, and with it its lock."""
+OPENING_S: Final = 600
+"""The same while the leader still reads and repeats the ledger."""
+_LEASE: Final = "SELECT set_config('idle_session_timeout', %s, false)"
 _LOCK: Final = "SELECT pg_try_advisory_lock(hashtextextended('lorand/run/' || %s, 0))"
 _TAKE_OVER: Final = """
 INSERT INTO run (name, epoch, leader) VALUES (%s, 1, %s)
@@ -103,11 +108,11 @@ class PostgresStore:
         if not self._run and len(names) == 1:
             self._run = names[0]
         if self._run not in names:
-            held = f"it holds {', '.join(names)}" if names else "it holds none"
-            asked = f"no run {self._run!r}" if self._run else "more than one run or none"
-            raise LedgerError(
-                f"there is {asked} at {self._session.name}: {held}; write #RUN behind the address"
+            held = (
+                f"the runs {', '.join(names)}: write #RUN behind the address" if names else "none"
             )
+            asked = f"no run {self._run!r}" if self._run else "no single run"
+            raise LedgerError(f"there is {asked} at {self._session.name}, which holds {held}")
 
     def _lead(self, connection: postgres.Connection) -> None:
         """Get the run's lock, and its next epoch if this is the first connection.
@@ -120,6 +125,7 @@ class PostgresStore:
         if self._epoch is None:
             if not locked:
                 raise InUse(self._in_use(connection))
+            connection.execute(_LEASE, (f"{OPENING_S}s",))
             postgres.migrate(connection)
             row = connection.execute(_TAKE_OVER, (self._run, self._leader)).fetchone()
             assert row is not None
@@ -133,6 +139,7 @@ class PostgresStore:
                 f"{self.name}: another session holds the run's lock: this coordinator's last one "
                 "has not ended yet, or another coordinator is taking over"
             )
+        connection.execute(_LEASE, (f"{LEASE_S}s",))
 
     def _in_use(self, connection: postgres.Connection) -> str:
         row = connection.execute(
@@ -232,11 +239,14 @@ class PostgresStore:
                 raise self._taken_over()
             connection.execute(_FORGET, (self._run, self._run))
 
+    def begin_lease(self) -> None:
+        """Promise to `confirm` more often than every LEASE_S: else the run is another's."""
+        self._rows(_LEASE, f"{LEASE_S}s")
+
     def confirm(self) -> None:
         """Raise TakenOver unless this store leads the run still and knows its last entry.
 
         The latter fails after a commit whose outcome could not be learnt: who opens anew sees it.
-        Called every so often it also keeps the session, and with it the lock, alive.
         """
         rows = self._rows(
             "SELECT epoch, EXISTS (SELECT FROM entry WHERE run = %(run)s AND sequence >= %(next)s)"

@@ -1,5 +1,7 @@
 """A store in PostgreSQL: lost connections, servers that restart, leaders that are gone."""
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -192,15 +194,54 @@ def test_a_server_that_does_not_answer_is_given_up(
     store._session.close()
 
 
-def test_every_session_has_its_limits(store: PostgresStore) -> None:
+@pytest.mark.parametrize("at", range(STATEMENTS))
+def test_a_session_that_hangs_may_commit_late_and_only_once(
+    postgres: Server, store: PostgresStore, run: str, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Stopped at any statement and given up, the server's process goes on later with what it has.
+
+    It holds the lock until it ends, so nobody builds on a history that could still grow.
+    """
+    fill(store, 2)
+    pid, cut = backend(store), Cut(postgres, -1, "before")
+
+    def wait(connection: sessions.Connection, gen: Any, *_: Any) -> Any:
+        if cut.waits == at:
+            os.kill(pid, signal.SIGSTOP)
+        return cut.wait(connection, gen, 0.02, 0.3)
+
+    began = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions.Connection, "wait", wait)
+        try:
+            with pytest.raises(StoreUnavailable):
+                store.append(commit(2), [b"x", b"y"])
+            with pytest.raises(StoreUnavailable, match="another session holds the run's lock"):
+                store.confirm()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    assert time.monotonic() - began < 5.0
+    eventually(store, 2, [b"x", b"y"])
+    assert store.contributions(2) == [b"x", b"y"]
+    store.confirm()
+    assert_whole(postgres, run, 3)
+
+
+def test_every_session_has_its_limits(postgres: Server, store: PostgresStore) -> None:
     expected = {
         "synchronous_commit": "on",
         "statement_timeout": "5s",
         "idle_in_transaction_session_timeout": "5s",
-        "idle_session_timeout": "15s",
+        "idle_session_timeout": "10min",
         "default_transaction_isolation": "read committed",
     }
     assert {name: store._rows(f"SHOW {name}")[0][0] for name in expected} == expected
+    store.begin_lease()
+    assert store._rows("SHOW idle_session_timeout") == [("15s",)]
+    postgres.terminate(backend(store))
+    with pytest.raises(StoreUnavailable):
+        store.confirm()
+    assert store._rows("SHOW idle_session_timeout") == [("15s",)]
 
 
 # ------------------------------------------------------------- one leader
@@ -321,7 +362,7 @@ def test_readers_need_no_lock_and_write_nothing(
 
 
 def test_a_reader_is_told_which_runs_there_are(postgres: Server, store: PostgresStore) -> None:
-    with pytest.raises(LedgerError, match=r"no run 'other' .* it holds .*; write #RUN"):
+    with pytest.raises(LedgerError, match=r"no run 'other' at .* holds the runs .*: write #RUN"):
         PostgresStore(postgres.url, "other", read_only=True)
 
 
@@ -368,7 +409,7 @@ def test_a_newer_schema_is_left_alone(postgres: Server, store: PostgresStore, ru
 
 def test_a_database_without_ledgers_has_nothing_to_read(postgres: Server) -> None:
     postgres.execute("CREATE DATABASE bare")
-    with pytest.raises(LedgerError, match="there is no run"):
+    with pytest.raises(LedgerError, match=r"no run 'some' at .*, which holds none"):
         PostgresStore(postgres.url.replace("/postgres?", "/bare?"), "some", read_only=True)
 
 
