@@ -22,6 +22,7 @@ from lorand.credentials import Credentials
 from lorand.v1 import status_pb2 as pb
 from lorand.v1 import status_pb2_grpc as service
 from lorand_coordinator import show
+from lorand_coordinator.ledgers import Location
 
 BIN: Final = Path(sys.executable).parent
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -271,11 +272,11 @@ class Room:
             *("--state", str(self.state)),
         )
 
-    def export(self) -> Path:
+    def export(self, location: Location | None = None) -> Path:
         """Export the ledger, checked, in this process; return the file."""
-        show.verify(self.ledger)
+        show.verify(location or self.ledger)
         exported = self.folder / "exported.bin"
-        ledger.write_file(exported, show.bodies(self.ledger))
+        ledger.write_file(exported, show.bodies(location or self.ledger))
         return exported
 
 

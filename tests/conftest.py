@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tests import tiny
 from tests.commands import MakeRoom, Nursery
+
+if TYPE_CHECKING:
+    from tests.postgres import Server
 
 
 @pytest.fixture
@@ -69,3 +73,15 @@ def make_room(
 ) -> MakeRoom:
     """Makes rooms in this test's folder: run file, model, data and processes of a run."""
     return MakeRoom(tmp_path, tiny_model, tiny_data, nursery)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator["Server"]:
+    """A PostgreSQL server of the tests' own."""
+    from tests.postgres import programs, serving
+
+    binaries = programs()
+    if binaries is None:
+        pytest.skip("PostgreSQL's programs are not installed: no initdb on PATH")
+    with serving(binaries) as server:
+        yield server

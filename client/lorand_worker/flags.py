@@ -8,7 +8,9 @@ import typer
 from lorand_worker.memory import Weights
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-Address = Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.")]
+Address = Annotated[
+    str, typer.Argument(help="HOST:PORT of the coordinator; of several: HOST:PORT,HOST:PORT.")
+]
 Data = Annotated[
     Path, typer.Option(help="CSV, TSV or JSONL file with the columns of the run's [task].")
 ]

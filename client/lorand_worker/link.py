@@ -55,11 +55,18 @@ class Traffic:
 
 
 class Link:
-    """A channel to one coordinator. `give_up_s` bounds how long it is tried to be reached."""
+    """A channel to a coordinator. `give_up_s` bounds how long it is tried to be reached.
+
+    Of several addresses, separated by commas, the next is tried where one is away or stands by.
+    """
 
     def __init__(self, address: str, give_up_s: float, shown: Credentials | None = None) -> None:
-        """Open the channel; nothing is sent yet. Without credentials: on this machine alone."""
+        """Open the channel; nothing is sent yet. Without credentials: on this machine alone.
+
+        Raises ConfigError without an address.
+        """
         self.address, self.shown = address, shown
+        self._addresses = transport.several(address)
         self.traffic = Traffic()
         self._give_up_s = give_up_s
         self._channel: grpc.Channel | None = None
@@ -73,7 +80,7 @@ class Link:
         """
         self.close()
         self._take_renewed()
-        self._channel = credentials.channel(self.address, self.shown)
+        self._channel = credentials.channel(self._addresses[0], self.shown)
         self._coordination = coordination.CoordinationServiceStub(self._channel)
         self._ledger = ledger_service.LedgerServiceStub(self._channel)
 
@@ -81,6 +88,12 @@ class Link:
         """Close the channel."""
         if self._channel is not None:
             self._channel.close()
+
+    def _turn(self) -> None:
+        """Go on with the next address."""
+        if len(self._addresses) > 1:
+            self._addresses = [*self._addresses[1:], self._addresses[0]]
+            self._open()
 
     def persist(self, attempt: Callable[[], _Result], on_wait: Callable[[str], None]) -> _Result:
         """Return the result of `attempt`, repeated with full jitter while the coordinator is away.
@@ -114,7 +127,8 @@ class Link:
                     f"`lr-coordinator serve` runs{self._doubt()}, then give the same command again"
                 )
             on_wait(why)
-            limit = min(BACKOFF_LARGEST_S, BACKOFF_FIRST_S * 2**tries)
+            self._turn()
+            limit = min(BACKOFF_LARGEST_S, BACKOFF_FIRST_S * 2 ** (tries // len(self._addresses)))
             time.sleep(random.SystemRandom().uniform(0, limit))
             tries += 1
 

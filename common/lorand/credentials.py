@@ -181,7 +181,8 @@ def find(
         if given is not None:
             raise ConfigError("--insecure shows no credentials: leave one of the two flags away")
         return None
-    path = given or default_path(address, state)
+    places = [default_path(each, state) for each in transport.several(address)]
+    path = given or next((place for place in places if place.exists()), places[0])
     if given is None and not path.exists():
         raise ConfigError(
             f"this user is no member at {address} ({path} is missing): ask the run's operator for "

@@ -59,6 +59,14 @@ def message_limit(config: RunConfig) -> int:
     return BASE_MESSAGE_BYTES + (8 if config.privacy.summed else 4) * config.num_directions
 
 
+def several(addresses: str) -> list[str]:
+    """Return the HOST:PORT of a list with commas. Raises ConfigError without one."""
+    found = [part.strip() for part in addresses.split(",") if part.strip()]
+    if not found:
+        raise ConfigError("no coordinator's address was given: HOST:PORT, or several with ,")
+    return found
+
+
 def channel_options() -> list[tuple[str, int]]:
     """Options of a worker's channel.
 

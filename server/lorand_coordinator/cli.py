@@ -27,9 +27,11 @@ from lorand.privacy.roster import Roster
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
 from lorand_coordinator import (
+    backup_cli,
     diagnostics,
     history,
     identity_cli,
+    ledgers,
     payoff,
     presets,
     refinement,
@@ -52,7 +54,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-ledger_app = typer.Typer(help="Read a ledger file.", no_args_is_help=True)
+ledger_app = typer.Typer(help="Read, export, back up and restore ledgers.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
 for command in (
     identity_cli.invite,
@@ -61,10 +63,14 @@ for command in (
     identity_cli.rotate,
 ):
     app.command()(command)
+ledger_app.command()(backup_cli.backup)
+ledger_app.command()(backup_cli.restore)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Address = Annotated[str, typer.Argument(help="HOST:PORT of a running coordinator.")]
-LedgerFile = Annotated[Path, typer.Argument(help="A ledger (SQLite), or an exported one.")]
+LedgerFile = Annotated[
+    str, typer.Argument(metavar="LEDGER", help="A file, postgresql://…#RUN, or an exported ledger.")
+]
 TIMEOUT_S = 5.0
 
 
@@ -96,7 +102,9 @@ def init(
 def serve(
     run: Annotated[Path, typer.Argument(help="The run file.")],
     address: Annotated[str, typer.Option(help="HOST:PORT; port 0 picks a free one.")] = "",
-    ledger_path: Annotated[Path | None, typer.Option("--ledger", help="The ledger file.")] = None,
+    ledger_at: Annotated[
+        str, typer.Option("--ledger", help="The ledger: a file, or postgresql://… for many runs.")
+    ] = "",
     roster: Annotated[
         Path | None,
         typer.Option(help="Secure sums: the members' roster; default: roster.json by the run."),
@@ -138,15 +146,20 @@ def serve(
             f"`lr-worker prepare {run}`"
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    summing = _summing(config, roster or run.with_name("roster.json"))
-    path = ledger_path or Path(config.service.ledger or run.with_name(f"{config.run.name}.ledger"))
+    location = ledger_at or config.service.ledger or run.with_name(f"{config.run.name}.ledger")
+    members = roster or run.with_name("roster.json")
     with ExitStack() as stack:
-        store = SqliteStore(path)
-        stack.callback(store.close)
         admission = None
         if not insecure:
             admission = identity_cli.admission(config, run, identity_dir, host_name or [])
             stack.callback(admission.close)
+        if ledgers.in_database(location):
+            _summing(config, members)  # what is wrong with it is told now, not at a takeover
+            asyncio.run(_share(config, str(location), identity, members, admission, json_output))
+            return
+        summing = _summing(config, members)
+        store = SqliteStore(location)
+        stack.callback(store.close)
         asyncio.run(_serve(Sequencer(config, store, identity, summing), admission, json_output))
 
 
@@ -166,12 +179,18 @@ def _summing(config: RunConfig, roster: Path) -> Summing | None:
     return SecureSum(config, members, multiplier)
 
 
-async def _serve(sequencer: Sequencer, admission: Admission | None, json_output: bool) -> None:
-    config = sequencer.config
+def _interrupted() -> asyncio.Event:
+    """Return an event that SIGINT and SIGTERM set."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+async def _serve(sequencer: Sequencer, admission: Admission | None, json_output: bool) -> None:
+    config = sequencer.config
+    stop = _interrupted()
 
     def ready(bound: str, enrolment: str) -> None:
         if json_output:
@@ -192,6 +211,40 @@ async def _serve(sequencer: Sequencer, admission: Admission | None, json_output:
         admission=admission,
         enrol_at=identity_cli.enrolment_address(config),
     )
+    logging.getLogger("lorand.coordinator").info("stopped; the ledger is whole")
+
+
+async def _share(
+    config: RunConfig,
+    url: str,
+    identity: Identity | None,
+    roster: Path,
+    admission: Admission | None,
+    json_output: bool,
+) -> None:
+    """Be one of several coordinators of a run whose ledger is in a database."""
+    ledgers.check_installed()
+    from lorand_coordinator import standby
+    from lorand_coordinator.store_postgres import PostgresStore
+
+    def take_over(config: RunConfig, leader: str) -> Sequencer:
+        store = PostgresStore(url, config.run.name, leader=leader)
+        try:
+            sequencer = Sequencer(config, store, identity, _summing(config, roster))
+            store.begin_lease()
+            return sequencer
+        except BaseException:
+            store.close()
+            raise
+
+    def tell(event: str, address: str, text: str) -> None:
+        name = config.run.name
+        content = {"event": event, "address": address, "run": name, "text": text}
+        out(json.dumps(content) if json_output else f"run {name!r}, {address}: {event}; {text}")
+        sys.stdout.flush()
+
+    coordinator = standby.Coordinator(config, take_over, tell, admission)
+    await standby.serve(coordinator, _interrupted())
     logging.getLogger("lorand.coordinator").info("stopped; the ledger is whole")
 
 
@@ -259,7 +312,12 @@ def health(
         raise typer.Exit(ConnectionLost.exit_code)
 
 
-LedgerInUse = Annotated[Path, typer.Argument(help="The coordinator's ledger; it may be in use.")]
+LedgerInUse = Annotated[
+    str,
+    typer.Argument(
+        metavar="LEDGER", help="The coordinator's: a file, or postgresql://…#RUN; it may be in use."
+    ),
+]
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from lorand import ledger
 from lorand.config import RunConfig
@@ -10,9 +9,10 @@ from lorand.directions import Draws
 from lorand.errors import LedgerError
 from lorand.ledger import Position
 from lorand.v1 import ledger_pb2 as pb
-from lorand_coordinator import folding, payoff, show
+from lorand_coordinator import folding, ledgers, payoff, show
 from lorand_coordinator.aggregation import Report
-from lorand_coordinator.store import SqliteStore
+from lorand_coordinator.ledgers import Location
+from lorand_coordinator.store import Store
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Round:
     committed: int
 
 
-def read(path: Path) -> tuple[RunConfig, Iterator[Round]]:
+def read(path: Location) -> tuple[RunConfig, Iterator[Round]]:
     """Return a run's config and its committed rounds in order.
 
     The ledger may be in use. Raises LedgerError when it is missing, damaged, or exported: an
@@ -41,7 +41,7 @@ def read(path: Path) -> tuple[RunConfig, Iterator[Round]]:
             f"{path} is an exported ledger, which has no contributions; give the coordinator's own "
             "ledger file (NAME.ledger)"
         )
-    store = SqliteStore(path, read_only=True)
+    store = ledgers.reader(path)
     first = next(store.entries(0, 1), None)
     if first is None:
         store.close()
@@ -50,7 +50,7 @@ def read(path: Path) -> tuple[RunConfig, Iterator[Round]]:
     return start.config, _rounds(start, store)
 
 
-def _rounds(position: Position, store: SqliteStore) -> Iterator[Round]:
+def _rounds(position: Position, store: Store) -> Iterator[Round]:
     config = position.config
     try:
         for body in store.entries():

@@ -96,6 +96,7 @@ class Hub:
                     f"{self.config.service.heartbeat_timeout_s:.0f} s if it is gone"
                 )
             self.drop(old, "the worker connected again")
+        tail = self.sequencer.tail(hello.next_sequence)  # may fail: before anybody is connected
         service = self.config.service
         # Room for the tail beside the bound on what may pile up later.
         outbox: asyncio.Queue[Message | None] = asyncio.Queue(service.outbox_messages + missing + 2)
@@ -108,7 +109,7 @@ class Hub:
             heartbeat_timeout_s=service.heartbeat_timeout_s,
         )
         outbox.put_nowait(Message(welcome=welcome))
-        for body in self.sequencer.tail(hello.next_sequence):
+        for body in tail:
             outbox.put_nowait(Message(entry=body))
         self.deliver(self.sequencer.connect(number, self.clock()))
         return connection

@@ -3,7 +3,8 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -30,6 +31,7 @@ FOLLOW_POLL_S: Final = 1.0
 FEATURES: Final = ("checkpoint", "evaluation")
 
 Context = grpc.aio.ServicerContext[Any, Any]
+_Result = TypeVar("_Result")
 
 
 class Coordination(coordination.CoordinationServiceServicer):
@@ -122,7 +124,7 @@ class Ledger(ledger_service.LedgerServiceServicer):
         while True:
             grown = self._hub.grown
             while at < len(store):
-                page = self._page(at, request.with_contributions)
+                page = await _read(context, partial(self._page, at, request.with_contributions))
                 at += len(page.entries)
                 yield page
             if not request.follow:
@@ -158,7 +160,7 @@ class Ledger(ledger_service.LedgerServiceServicer):
         self, request: pb.GetCheckpointRequest, context: Context
     ) -> AsyncIterator[pb.GetCheckpointResponse]:
         """See ledger.proto."""
-        checkpoint = self._hub.sequencer.store.newest_checkpoint()
+        checkpoint = await _read(context, self._hub.sequencer.store.newest_checkpoint)
         if checkpoint is None:
             yield pb.GetCheckpointResponse()
             return
@@ -187,6 +189,14 @@ class Ledger(ledger_service.LedgerServiceServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         self._hub.deliver(outgoing)
         return pb.PostEvaluationResponse(sequence=len(self._hub.sequencer.store) - 1)
+
+
+async def _read(context: Context, read: Callable[[], _Result]) -> _Result:
+    """Return what is read; where the store is away the caller is asked to come back."""
+    try:
+        return read()
+    except StoreUnavailable as error:
+        await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
 
 class Status(status_service.StatusServiceServicer):
@@ -266,12 +276,12 @@ async def serve(
     address = hub.config.service.address
     servers, watches, enrolled_at = [server], [hub.tick()], ""
     if admission is None or admits is None:
-        port = _bind(server, address)
+        port = bind(server, address)
     else:
-        port = _bind(server, address, admission.server_credentials(ask=True))
+        port = bind(server, address, admission.server_credentials(ask=True))
         enrolment_service.add_EnrolmentServiceServicer_to_server(admission.service(), server)
         servers.append(enrolment.server(admission.service()))
-        enrolment_port = _bind(servers[1], enrol_at, admission.server_credentials(ask=False))
+        enrolment_port = bind(servers[1], enrol_at, admission.server_credentials(ask=False))
         enrolled_at = admission.note_served(port, enrolment_port)
         watches.append(admits.watch())
     for each in servers:
@@ -291,7 +301,7 @@ async def serve(
         await asyncio.gather(*(each.stop(hub.config.service.drain_s) for each in servers))
 
 
-def _bind(
+def bind(
     server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None
 ) -> int:
     """Bind a server to HOST:PORT and return the port. Raises ConfigError."""

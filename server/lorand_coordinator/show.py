@@ -13,9 +13,9 @@ from lorand import ledger
 from lorand.ledger import Position
 from lorand.v1 import ledger_pb2 as pb
 from lorand.v1 import status_pb2 as status
-from lorand_coordinator import payoff
+from lorand_coordinator import ledgers, payoff
 from lorand_coordinator.diagnostics import Recent
-from lorand_coordinator.store import SqliteStore
+from lorand_coordinator.ledgers import Location
 
 EVALUATIONS_SHOWN = 5
 
@@ -35,6 +35,9 @@ def as_dict(answer: status.GetStatusResponse) -> dict[str, Any]:
 
 def panel(answer: status.GetStatusResponse) -> RenderableType:
     """Return a status for people."""
+    if answer.phase == "standing by":  # it knows nothing of the run's progress
+        text = f"{answer.phase}: {answer.reason}"
+        return Panel(text, title=f"run {answer.name}", title_align="left")
     loss = f", loss {answer.loss:.4f}" if answer.HasField("loss") else ""
     lines: list[RenderableType] = [
         f"{answer.phase}: {answer.reason}",
@@ -66,23 +69,23 @@ def panel(answer: status.GetStatusResponse) -> RenderableType:
     return Panel(Group(*lines), title=f"run {answer.name}", title_align="left")
 
 
-def bodies(path: Path) -> Iterator[bytes]:
-    """Yield the entries of a ledger, in SQLite or exported. Raises LedgerError."""
+def bodies(path: Location) -> Iterator[bytes]:
+    """Yield the entries of a ledger, in a store or exported. Raises LedgerError."""
     if is_exported(path):
-        yield from ledger.read_file(path)
+        yield from ledger.read_file(Path(path))
         return
-    store = SqliteStore(path, read_only=True)
+    store = ledgers.reader(path)
     try:
         yield from store.entries()
     finally:
         store.close()
 
 
-def verify(path: Path) -> tuple[Position, int]:
+def verify(path: Location) -> tuple[Position, int]:
     """Return where a ledger ends and how many contributions were checked. Raises LedgerError."""
     if is_exported(path):
-        return ledger.replay(ledger.read_file(path)), 0
-    store = SqliteStore(path, read_only=True)
+        return ledger.replay(ledger.read_file(Path(path))), 0
+    store = ledgers.reader(path)
     checked = 0
     try:
         position = ledger.replay(store.entries())
@@ -97,7 +100,7 @@ def verify(path: Path) -> tuple[Position, int]:
     return position, checked
 
 
-def rows(path: Path, last: int) -> list[dict[str, Any]]:
+def rows(path: Location, last: int) -> list[dict[str, Any]]:
     """Return the last entries as plain dictionaries."""
     kept: list[dict[str, Any]] = []
     for body in bodies(path):
@@ -190,10 +193,10 @@ def line(row: dict[str, Any]) -> str:
     return f"{row['sequence']:>6}  round {row['round_index']:<5} {row['kind']:<10} {rest}"
 
 
-def is_exported(path: Path) -> bool:
+def is_exported(path: Location) -> bool:
     """Whether a file is an exported ledger, which has no contributions."""
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             return file.read(len(ledger.FILE_MAGIC)) == ledger.FILE_MAGIC
     except OSError:
         return False

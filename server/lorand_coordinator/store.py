@@ -1,12 +1,13 @@
-"""Where the ledger lives: one SQLite file, durable before anyone sees an entry.
+"""Where the ledger lives: the contract of stores, and one SQLite file that keeps it.
 
-WAL with synchronous=FULL, one transaction an entry with its contributions. The hash chain is
-computed here and checked as a whole when the file is opened.
+An entry is durable before anyone sees it: WAL with synchronous=FULL, one transaction an entry with
+its contributions. The hash chain is computed here and checked as a whole when a store is opened.
+PostgreSQL keeps the same contract in `store_postgres`.
 """
 
 import fcntl
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,10 @@ CREATE TABLE IF NOT EXISTS checkpoint (
     coefficients BLOB NOT NULL, state BLOB NOT NULL);
 """
 _APPLICATION_ID: Final = 0x4C6F5261  # "LoRa": marks the file as a LoRand ledger
+
+
+Record = tuple[bytes, Sequence[bytes]]
+"""An entry's body and its contributions."""
 
 
 class StoreUnavailable(LedgerError):
@@ -54,6 +59,12 @@ class Store(Protocol):
         Raises StoreUnavailable when nothing was written.
         """
 
+    def load(self, records: Iterable[Record], checkpoint: Checkpoint | None) -> None:
+        """Fill an empty store with another's history, whole or not at all.
+
+        Raises LedgerError when it is not empty, StoreUnavailable when nothing was written.
+        """
+
     def __len__(self) -> int:
         """Number of entries."""
 
@@ -76,7 +87,46 @@ class Store(Protocol):
         """Return the checkpoint nearest to the head."""
 
     def close(self) -> None:
-        """Release the file."""
+        """Release the file, or the connection."""
+
+
+def serialised(entry: pb.Entry, sequence: int) -> bytes:
+    """Return the body of an entry at a place in the ledger; the argument is left alone."""
+    numbered = pb.Entry()
+    numbered.CopyFrom(entry)
+    numbered.sequence = sequence
+    return numbered.SerializeToString(deterministic=True)
+
+
+def check_empty(store: Store, place: str) -> None:
+    """Raise LedgerError when a store that is to be filled holds entries."""
+    if len(store):
+        raise LedgerError(
+            f"{place} holds {len(store)} entries already; restore to another place, or move them "
+            "away first"
+        )
+
+
+def check_chain(rows: Iterable[tuple[Any, ...]], place: str, what: str) -> tuple[int, bytes]:
+    """Return how many entries there are and the digest of the last.
+
+    A row is sequence, body and digest. Raises LedgerError where the chain breaks: `place` and
+    `what` ("file was") say in which ledger.
+    """
+    head, count = GENESIS, 0
+    for sequence, body, digest in rows:
+        if not (
+            sequence == count
+            and isinstance(body, bytes)
+            and isinstance(digest, bytes)
+            and entry_digest(head, body) == digest
+        ):
+            raise LedgerError(
+                f"{place}: the hash chain breaks at entry {count}; the {what} damaged or edited: "
+                "restore it from a backup"
+            )
+        head, count = digest, count + 1
+    return count, head
 
 
 class SqliteStore:
@@ -125,18 +175,9 @@ class SqliteStore:
             database.executescript(_SCHEMA)
 
     def _check_chain(self) -> bytes:
-        head, count = GENESIS, 0
         rows = self._database.execute("SELECT sequence, body, digest FROM entry ORDER BY sequence")
-        for sequence, body, digest in rows:
-            typed = isinstance(body, bytes)
-            if not typed or sequence != count or entry_digest(head, body) != digest:
-                raise LedgerError(
-                    f"{self._path}: the hash chain breaks at entry {count}; the file was damaged "
-                    "or edited: restore it from a backup"
-                )
-            head, count = digest, count + 1
-        self._check_end(count)
-        self._count = count
+        self._count, head = check_chain(rows, self._path, "file was")
+        self._check_end(self._count)
         return head
 
     def _check_end(self, count: int) -> None:
@@ -154,26 +195,43 @@ class SqliteStore:
 
     def append(self, entry: pb.Entry, contributions: Sequence[bytes] = ()) -> tuple[bytes, bytes]:
         """See Store.append."""
-        numbered = pb.Entry()
-        numbered.CopyFrom(entry)
-        numbered.sequence = self._count
-        body = numbered.SerializeToString(deterministic=True)
+        body = serialised(entry, self._count)
         digest = entry_digest(self._head, body)
         try:
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")
-                self._database.execute(
-                    "INSERT INTO entry VALUES (?, ?, ?)", (self._count, body, digest)
-                )
-                self._database.executemany(
-                    "INSERT INTO contribution VALUES (?, ?, ?)",
-                    [(self._count, i, part) for i, part in enumerate(contributions)],
-                )
+                self._insert(self._count, body, digest, contributions)
         except sqlite3.Error as error:
             if not self._has(digest):
                 raise StoreUnavailable(f"{error}; free space at {self._path}") from error
         self._head, self._count = digest, self._count + 1
         return body, digest
+
+    def _insert(
+        self, sequence: int, body: bytes, digest: bytes, contributions: Sequence[bytes]
+    ) -> None:
+        self._database.execute("INSERT INTO entry VALUES (?, ?, ?)", (sequence, body, digest))
+        self._database.executemany(
+            "INSERT INTO contribution VALUES (?, ?, ?)",
+            [(sequence, i, part) for i, part in enumerate(contributions)],
+        )
+
+    def load(self, records: Iterable[Record], checkpoint: Checkpoint | None) -> None:
+        """See Store."""
+        check_empty(self, self._path)
+        count, head = 0, GENESIS
+        try:
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                for body, contributions in records:
+                    head = entry_digest(head, body)
+                    self._insert(count, body, head, contributions)
+                    count += 1
+        except sqlite3.Error as error:
+            raise StoreUnavailable(f"{error}; free space at {self._path}") from error
+        self._count, self._head = count, head
+        if checkpoint is not None:
+            self.save_checkpoint(checkpoint)
 
     def _has(self, digest: bytes) -> bool:
         """Whether the next entry is there already: a commit that reported failure may be done."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator.store import Checkpoint, SqliteStore, Store
+from lorand_coordinator.store_postgres import PostgresStore
 
 
 def commit(number: int) -> pb.Entry:
@@ -18,6 +19,16 @@ def fill(store: Store, count: int) -> list[bytes]:
 
 def checkpoint(sequence: int) -> Checkpoint:
     return Checkpoint(sequence, b"h" * 32, sequence, b"A" * 512, b"state %d" % sequence)
+
+
+def checkpoints(store: Store) -> list[int]:
+    """Where checkpoints are kept: the contract only shows the newest."""
+    query = "SELECT sequence FROM checkpoint ORDER BY sequence"
+    if isinstance(store, PostgresStore):
+        query = query.replace("ORDER", "WHERE run = %s ORDER")
+        return [sequence for (sequence,) in store._rows(query, store._run)]
+    assert isinstance(store, SqliteStore)
+    return [sequence for (sequence,) in store._rows(query)]
 
 
 def rows(store: SqliteStore, query: str) -> list[tuple[object, ...]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.contracts.store_cases import assert_whole, checkpoint, commit, fill, rows
+from tests.contracts.store_cases import assert_whole, checkpoint, checkpoints, commit, fill
 
 from lorand.errors import LedgerError
 from lorand.ledger import GENESIS, entry_digest, parse
@@ -19,10 +19,14 @@ OPEN: Final[dict[str, Callable[[Path], Store]]] = {
 }
 
 
-@pytest.fixture(params=OPEN)
+@pytest.fixture(params=[*OPEN, pytest.param("postgres", marks=pytest.mark.postgres)])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    with closing(OPEN[request.param](tmp_path)) as opened:
-        yield opened
+    if request.param == "postgres":
+        made: Store = request.getfixturevalue("postgres").store(run=tmp_path.name)
+    else:
+        made = OPEN[request.param](tmp_path)
+    with closing(made):
+        yield made
 
 
 # ------------------------------------------------------------- every store
@@ -82,8 +86,8 @@ def test_entries_start_and_limit(
 
 def test_a_long_history_is_read_in_pages(store: Store) -> None:
     """Appending while one reads disturbs nobody: the reader sees what was there."""
-    assert isinstance(store, SqliteStore)
-    store._database.execute("PRAGMA synchronous = OFF")  # for speed: a thousand commits
+    if isinstance(store, SqliteStore):
+        store._database.execute("PRAGMA synchronous = OFF")  # for speed: a thousand commits
     bodies = fill(store, 2 * PAGE + 3)
     reader = store.entries(1)
     read = [next(reader)]
@@ -107,8 +111,7 @@ def test_of_checkpoints_two_are_kept(store: Store) -> None:
     for sequence in (1, 2, 4):
         store.save_checkpoint(checkpoint(sequence))
         assert store.newest_checkpoint() == checkpoint(sequence)
-    assert isinstance(store, SqliteStore)
-    assert rows(store, "SELECT sequence FROM checkpoint ORDER BY sequence") == [(2,), (4,)]
+    assert checkpoints(store) == [2, 4]
 
 
 def test_a_checkpoint_may_be_saved_again(store: Store) -> None:
@@ -123,6 +126,32 @@ def test_an_entry_that_is_not_there_is_our_error(store: Store) -> None:
     fill(store, 2)
     with pytest.raises(LedgerError, match="has no entry 2"):
         store.digest(2)
+
+
+def test_an_empty_store_takes_anothers_history(store: Store) -> None:
+    with closing(SqliteStore(":memory:")) as other:
+        bodies = fill(other, 5)
+        records = [(body, other.contributions(n)) for n, body in enumerate(bodies)]
+        store.load(records, checkpoint(3))
+        assert (len(store), store.head()) == (5, other.head())
+    assert list(store.entries()) == bodies
+    assert [store.contributions(n) for n in range(5)] == [parts for _, parts in records]
+    assert store.newest_checkpoint() == checkpoint(3)
+    with pytest.raises(LedgerError, match="holds 5 entries already"):
+        store.load(records, None)
+    store.append(commit(5))
+    assert parse(next(store.entries(5))).sequence == 5
+
+
+def test_a_history_that_breaks_off_leaves_nothing(store: Store) -> None:
+    def breaks_off() -> Iterator[tuple[bytes, list[bytes]]]:
+        yield b"first", [b"part"]
+        raise LedgerError("the other store is gone")
+
+    with pytest.raises(LedgerError, match="the other store is gone"):
+        store.load(breaks_off(), None)
+    assert (len(store), store.head(), store.contributions(0)) == (0, GENESIS, [])
+    fill(store, 1)
 
 
 # ------------------------------------------------------------- a commit that goes wrong

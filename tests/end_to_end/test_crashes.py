@@ -4,17 +4,13 @@ import random
 import select
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Final
 
 import pytest
 from tests import tiny
 from tests.commands import Command, MakeRoom, Room, Starter, free_port, start, status, wait_for
-
-from lorand import ledger
-from lorand.v1 import ledger_pb2 as pb
-from lorand_coordinator.store import SqliteStore
+from tests.end_to_end.histories import assert_nothing_lost, assert_nothing_twice
 
 COORDINATOR_KILLS: Final = 30
 WORKER_KILLS: Final = 20
@@ -113,8 +109,9 @@ def test_fifty_kills(
     replayed = room.once("lr-worker", "replay", room.export(), "--model", room.model)
     assert replayed["rounds"] == ROUNDS
     assert {result["weights_digest"] for result in results} == {replayed["weights_digest"]}
-    assert_nothing_lost(room, crashes.seen)
-    assert_nothing_twice(room)
+    assert len(crashes.seen) > COORDINATOR_KILLS
+    assert_nothing_lost(room.ledger, crashes.seen)
+    assert_nothing_twice(room.ledger)
     with capsys.disabled():
         sys.stdout.write(f"\n{len(targets)} kills in {duration:.0f} s, {len(crashes.seen)} heads\n")
 
@@ -125,39 +122,3 @@ def pause(crashes: Crashes, source: random.Random) -> None:
         goal = max(0, crashes.look()) + source.randint(1, 4)
         wait_for(lambda: crashes.look() >= goal, f"{goal} rounds are committed", limit_s=60.0)
     select.select([], [], [], source.uniform(0.0, 0.4))
-
-
-def assert_nothing_lost(room: Room, seen: dict[int, str]) -> None:
-    """Every head that was ever shown is in the history, at its place."""
-    heads, head = {0: ""}, ledger.GENESIS
-    for count, body in enumerate(ledger.read_file(room.export()), 1):
-        head = ledger.entry_digest(head, body)
-        heads[count] = head.hex()
-    assert len(seen) > COORDINATOR_KILLS
-    assert {count: heads[count] for count in seen} == seen
-
-
-def assert_nothing_twice(room: Room) -> None:
-    """A round has one outcome, and in it a worker's one contribution, made for that round."""
-    outcomes: set[int] = set()
-    for entry, stored in rounds_of(room):
-        assert entry.round_index not in outcomes
-        outcomes.add(entry.round_index)
-        if entry.HasField("commit"):
-            workers = [part.worker for part in stored]
-            assert workers == sorted(set(workers)) == list(entry.commit.workers)
-            assert {part.contribution.round_index for part in stored} == {entry.round_index}
-    assert outcomes == set(range(1, len(outcomes) + 1))
-
-
-def rounds_of(room: Room) -> Iterator[tuple[pb.Entry, list[pb.StoredContribution]]]:
-    """The entries that end rounds, each with its stored contributions."""
-    store = SqliteStore(room.ledger, read_only=True)
-    try:
-        for body in store.entries():
-            entry = ledger.parse(body)
-            if entry.WhichOneof("kind") in ("commit", "abandon"):
-                bodies = store.contributions(entry.sequence)
-                yield entry, [pb.StoredContribution.FromString(body) for body in bodies]
-    finally:
-        store.close()

@@ -12,6 +12,7 @@ from lorand import ledger
 from lorand.errors import HandshakeError, LorandError
 from lorand.manifest import Identity
 from lorand.v1 import coordination_pb2 as wire
+from lorand_coordinator.hub import Hub
 from lorand_coordinator.store import StoreUnavailable
 
 # ------------------------------------------------------------- handshake
@@ -81,6 +82,23 @@ def test_a_member_that_cannot_be_written_may_try_again(room: Room) -> None:
     room.store.full = False
     assert room.join("ben") == 1
     assert room.join("ada") == 2
+
+
+def test_a_ledger_that_cannot_be_read_leaves_nobody_half_connected(
+    room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A database may be away between a worker's admission and its entries."""
+    hub, greeting = Hub(room.sequencer, clock=lambda: 0.0), hello(room.position, "ada")
+
+    def away(start: int) -> list[bytes]:
+        raise StoreUnavailable("the connection was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room.sequencer, "tail", away)
+        with pytest.raises(StoreUnavailable):
+            hub.join(greeting)
+    assert hub.connections == {}
+    assert hub.join(greeting).worker == 1
 
 
 def test_everyone_connected_hears_of_a_member_before_it_is_welcomed(room: Room) -> None:

@@ -1,0 +1,209 @@
+"""Several coordinators of one run: one leads, the others stand by and take over.
+
+All of them serve the same addresses throughout. Who stands by answers calls for its status, and
+everything else with "unavailable", so that a worker tries the next address it was given. Once a
+second it tries to take the run over, which succeeds when the leader's session with the database has
+ended. A leader that learns that another took over stands by again.
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Protocol
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from lorand import transport
+from lorand.config import RunConfig
+from lorand.v1 import status_pb2 as status
+from lorand.v1 import status_pb2_grpc as status_service
+from lorand_coordinator.hub import Hub, log
+from lorand_coordinator.identity.admission import Admission
+from lorand_coordinator.identity_cli import enrolment_address
+from lorand_coordinator.sequencer import Sequencer
+from lorand_coordinator.service import Context, bind
+from lorand_coordinator.service import serve as serve_hub
+from lorand_coordinator.store import StoreUnavailable
+from lorand_coordinator.store_postgres import LEASE_S, InUse, PostgresStore, TakenOver
+
+POLL_S: Final = 1.0
+PHASE: Final = "standing by"
+
+
+class Tell(Protocol):
+    """Where a coordinator says what it is now."""
+
+    def __call__(self, event: str, address: str, text: str) -> None:
+        """Say it: `listening` first, then `leading` and `standing by` in turn."""
+
+
+@dataclass(frozen=True)
+class Coordinator:
+    """What one of several coordinators needs, whether it leads or not."""
+
+    config: RunConfig
+    take_over: Callable[[RunConfig, str], Sequencer]
+    """Opens the run under a leader's name. Raises InUse or StoreUnavailable while it cannot."""
+    tell: Tell
+    admission: Admission | None = None
+    """Lets members alone through, from an identity folder that all coordinators share."""
+
+
+async def serve(coordinator: Coordinator, until: asyncio.Event) -> None:
+    """Stand by and lead in turn until the event is set.
+
+    Raises ConfigError when the address cannot be bound, LedgerError when the ledger is damaged or
+    of another run.
+    """
+    config, heard = coordinator.config, False
+    while not until.is_set():
+        waiting = _Waiting(config, coordinator.admission)
+        async with waiting.served() as address:
+            # From now on the port is known, if it was left to the system.
+            section = config.service.model_copy(update={"address": address})
+            config = config.model_copy(update={"service": section})
+            if not heard:
+                coordinator.tell("listening", address, "standing by until nobody leads")
+            heard = True
+            leader = f"{socket.gethostname()}:{address.rpartition(':')[2]}"
+            take_over = partial(coordinator.take_over, config, leader)
+            sequencer = await _turn(take_over, waiting, until)
+        if sequencer is not None:
+            await _lead(sequencer, coordinator, until)
+
+
+class _Waiting:
+    """What a coordinator that stands by answers."""
+
+    def __init__(self, config: RunConfig, admission: Admission | None) -> None:
+        self._config, self._admission = config, admission
+        self.reason = "asking the database who leads"
+
+    @asynccontextmanager
+    async def served(self) -> AsyncIterator[str]:
+        """Serve; yield the address."""
+        admits = None if self._admission is None else self._admission.access()
+        server = grpc.aio.server(
+            interceptors=[] if admits is None else [admits],
+            options=transport.server_options(self._config),
+        )
+        status_service.add_StatusServiceServicer_to_server(_Status(self, self._config), server)
+        healthy = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
+        await healthy.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        server.add_generic_rpc_handlers((_Elsewhere(self),))
+        asked = self._config.service.address
+        shown = None if self._admission is None else self._admission.server_credentials(ask=True)
+        address = transport.join(transport.split(asked)[0], bind(server, asked, shown))
+        await server.start()
+        try:
+            yield address
+        finally:
+            await server.stop(0)
+
+
+class _Status(status_service.StatusServiceServicer):
+    def __init__(self, waiting: _Waiting, config: RunConfig) -> None:
+        self._waiting, self._config = waiting, config
+
+    async def GetStatus(
+        self, request: status.GetStatusRequest, context: Context
+    ) -> status.GetStatusResponse:
+        """See status.proto."""
+        run = self._config.run
+        return status.GetStatusResponse(
+            name=run.name, phase=PHASE, reason=self._waiting.reason, rounds=run.rounds
+        )
+
+
+class _Elsewhere(grpc.GenericRpcHandler):
+    """Answers every call that nobody else answers: it is the leader's."""
+
+    def __init__(self, waiting: _Waiting) -> None:
+        self._waiting = waiting
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """Return a handler; one of streams takes calls of all kinds."""
+        return grpc.stream_stream_rpc_method_handler(self._refuse)
+
+    async def _refuse(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        await context.abort(
+            grpc.StatusCode.UNAVAILABLE, f"this coordinator stands by: {self._waiting.reason}"
+        )
+
+
+async def _turn(
+    take_over: Callable[[], Sequencer], waiting: _Waiting, until: asyncio.Event
+) -> Sequencer | None:
+    """Return the run, taken over and rebuilt, when it is this coordinator's turn; None to stop."""
+    while not until.is_set():
+        try:
+            # In a thread, so that the status is there: the ledger is read and checked as a whole.
+            return await asyncio.to_thread(take_over)
+        except (InUse, StoreUnavailable) as error:
+            if str(error) != waiting.reason:
+                log.info("standing by: %s", error)
+            waiting.reason = str(error)
+        await _pause(until)
+    return None
+
+
+async def _lead(sequencer: Sequencer, coordinator: Coordinator, until: asyncio.Event) -> None:
+    """Serve the run until the event is set or another coordinator took over."""
+    store, over = sequencer.store, asyncio.Event()
+    assert isinstance(store, PostgresStore)
+    config = sequencer.config
+    done = f"{sequencer.engine.committed} of {config.run.rounds} rounds committed"
+    text = f"epoch {store.epoch}, {done}, {len(store)} entries"
+    watch = asyncio.create_task(_watch(store, until, over))
+    try:
+        await serve_hub(
+            Hub(sequencer),
+            on_ready=lambda at, _: coordinator.tell("leading", at, text),
+            until=over,
+            admission=coordinator.admission,
+            enrol_at=enrolment_address(config),
+        )
+    finally:
+        over.set()
+        await watch
+        store.close()
+    if not until.is_set():
+        coordinator.tell(PHASE, config.service.address, "this coordinator leads no longer")
+
+
+async def _watch(store: PostgresStore, until: asyncio.Event, over: asyncio.Event) -> None:
+    """Set `over` when the event is set, or when the store no longer leads.
+
+    Without an answer for as long as the lease another coordinator may lead, which the database
+    would tell, but cannot: who holds on to its workers keeps them from the one that can write.
+    """
+    told, heard = "", time.monotonic()
+    while not (until.is_set() or over.is_set()):
+        await _pause(until)
+        try:
+            store.confirm()
+            told, heard = "", time.monotonic()
+        except TakenOver as error:
+            log.warning("%s", error)
+            break
+        except StoreUnavailable as error:
+            if str(error) != told:
+                log.warning("%s", error)
+            told = str(error)
+            if time.monotonic() - heard > LEASE_S:
+                log.warning("no answer from the database for %d s: standing by", LEASE_S)
+                break
+    over.set()
+
+
+async def _pause(until: asyncio.Event) -> None:
+    try:
+        await asyncio.wait_for(until.wait(), POLL_S)
+    except TimeoutError:
+        return
