@@ -47,7 +47,7 @@ class Several:
         self.coordinators = {address: self._serve(address) for address in self.addresses}
         several = ",".join(self.addresses)
         self.workers = [
-            self._start(nursery, "lr-worker", *room.join_arguments(several, name))
+            self._start(nursery, "lr-worker", *room.flagged(*room.join_arguments(several, name)))
             for name in tiny.DOMAINS
         ]
 
@@ -58,7 +58,8 @@ class Several:
 
     def _serve(self, address: str) -> Command:
         arguments = ("--ledger", self.postgres.url, "--address", address, "--json")
-        return self._start(start, "lr-coordinator", "serve", self.room.run, *arguments)
+        given = self.room.flagged("serve", self.room.run, *arguments)
+        return self._start(start, "lr-coordinator", *given)
 
     def kill(self, address: str) -> None:
         """Kill a coordinator and give the same command again."""
