@@ -101,6 +101,9 @@ class Sequencer:
             deadline_s=config.rounds.deadline_s,
             commit_retry_s=config.service.commit_retry_s,
             all_or_nothing=summing is not None and summing.all_or_nothing,
+            deadline_k=config.rounds.deadline_k,
+            participants=config.rounds.participants,
+            sampling_key=config.digest(),
         )
         self.engine = rounds.State()
         self._position: Position | None = None

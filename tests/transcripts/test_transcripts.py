@@ -4,7 +4,8 @@ A line that is neither a comment nor indented is a command; what is indented und
 `-> effect` in order, then the reason. After a change that is meant to change them, record them anew
 with `pytest tests/transcripts --rewrite` and read the diff.
 
-    run rounds=2 quorum=2 [start_with=N]   settings; deadlines are 10 s, pauses before a retry 5 s
+    run rounds=2 quorum=2 [start_with=N]   settings; deadlines are 10 s, pauses before a retry 5 s;
+                                           also all_or_nothing=1, participants=N, deadline_k=N
     join W, leave W                        a worker connects, or its connection ends
     report W round=R payload=TEXT          a contribution
     skip W round=R                         a worker sits the round out
@@ -14,7 +15,7 @@ with `pytest tests/transcripts --rewrite` and read the diff.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -44,8 +45,8 @@ def record(text: str) -> Iterator[str]:
             continue
         command, *words = line.split()
         if command == "run":
-            given = {name: int(value) for name, value in pairs(words).items()}
-            given = {"start_with": 0, **given}
+            numbers = {name: int(value) for name, value in pairs(words).items()}
+            given: dict[str, Any] = {"start_with": 0, **numbers}
             whole = bool(given.pop("all_or_nothing", 0))
             settings = rounds.Settings(
                 **given, deadline_s=10.0, commit_retry_s=5.0, all_or_nothing=whole
