@@ -244,6 +244,8 @@ class ServiceSection(Section):
     tail_entries: Annotated[int, Field(ge=1, le=100_000)] = 512
     commit_retry_s: Positive = 5.0
     drain_s: Positive = 5.0
+    quarantine: bool = False
+    auditor: Annotated[str, Field(max_length=64)] = ""
 
 
 class RunConfig(Section):

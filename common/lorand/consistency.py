@@ -383,6 +383,17 @@ def _aggregated(config: "RunConfig") -> Refusals:
         f"{name} goes by what most participants say, which needs three: set rounds.quorum to 3 or "
         'more, or rounds.aggregation = "mean"',
     )
+    service, summed = config.service, config.privacy.summed
+    yield (
+        service.quarantine and summed,
+        f'privacy.mode = "{config.privacy.mode}" keeps nobody\'s scalars, which service.quarantine '
+        "goes by: set it to false",
+    )
+    yield (
+        service.auditor != "" and (own or not service.quarantine),
+        "service.auditor is whom others' scalars are compared with along the same directions: set "
+        'service.quarantine = true and directions.mode = "shared", or auditor = ""',
+    )
     yield (
         0 < rounds.participants < rounds.quorum,
         "rounds.participants must be 0 (= all that are connected) or at least rounds.quorum",

@@ -18,6 +18,8 @@ from hashlib import sha256
 from statistics import median
 from typing import Final, Literal
 
+from lorand.config import RunConfig
+
 Phase = Literal["selection", "reporting", "committing", "finished"]
 
 ANSWERS_KEPT: Final = 64
@@ -42,6 +44,22 @@ class Settings:
     participants: int = 0
     """How many of the members a round asks; 0: all."""
     sampling_key: bytes = b""
+
+    @staticmethod
+    def of(config: RunConfig, *, all_or_nothing: bool = False) -> "Settings":
+        """Return those of a run file."""
+        section = config.rounds
+        return Settings(
+            rounds=config.run.rounds,
+            quorum=section.quorum,
+            start_with=section.start_with,
+            deadline_s=section.deadline_s,
+            commit_retry_s=config.service.commit_retry_s,
+            all_or_nothing=all_or_nothing,
+            deadline_k=section.deadline_k,
+            participants=section.participants,
+            sampling_key=config.digest(),
+        )
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,13 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Quarantined:
+    """Rounds from the next one on are made without these workers, connected or not."""
+
+    workers: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time passed."""
 
@@ -100,7 +125,7 @@ class Unsound:
     why: str
 
 
-Event = Joined | Left | Reported | Skipped | Tick | Appended | AppendFailed | Unsound
+Event = Joined | Left | Reported | Skipped | Quarantined | Tick | Appended | AppendFailed | Unsound
 
 
 @dataclass(frozen=True)
@@ -165,6 +190,7 @@ class State:
     contributions: Mapping[int, bytes] = field(default_factory=dict)
     skipped: frozenset[int] = frozenset()
     late: frozenset[int] = frozenset()
+    quarantined: frozenset[int] = frozenset()
     began: float = 0.0
     deadline: float = 0.0
     answers: tuple[float, ...] = ()
@@ -172,6 +198,11 @@ class State:
     retry_at: float | None = None
     rest_until: float = 0.0
     trouble: str = ""
+
+    @property
+    def ready(self) -> frozenset[int]:
+        """Whom the next round may ask."""
+        return self.members - self.late - self.quarantined
 
 
 Outcome = tuple[State, tuple[Effect, ...], str]
@@ -202,6 +233,8 @@ def _take(
             waited_for = state.participants - state.contributions.keys()
             if (state.phase, state.round_index) == ("reporting", round_index):
                 state = replace(state, skipped=state.skipped | (waited_for & {worker}))
+        case Quarantined(workers):
+            state = replace(state, quarantined=state.quarantined | workers)
         case Appended():
             return _appended(settings, state, now), ()
         case AppendFailed(why):
@@ -275,9 +308,8 @@ def _advance(settings: Settings, state: State, now: float) -> tuple[State, tuple
     if state.phase == "selection":
         if state.committed >= settings.rounds:
             return _append(state, Finish(state.committed))
-        present = state.members - state.late
         if _missing(settings, state) <= 0 and now >= state.rest_until:
-            chosen = _chosen(settings, state.round_index, present)
+            chosen = _chosen(settings, state.round_index, state.ready)
             state = replace(
                 state,
                 phase="reporting",
@@ -370,7 +402,7 @@ def _append(state: State, entry: Append) -> tuple[State, tuple[Effect, ...]]:
 def _missing(settings: Settings, state: State) -> int:
     """Return how many workers more a round may begin with; who is late counts for start_with."""
     first = settings.start_with if state.committed == 0 else 0
-    return max(first - len(state.members), settings.quorum - len(state.members - state.late))
+    return max(first - len(state.members), settings.quorum - len(state.ready))
 
 
 def reason(settings: Settings, state: State, now: float) -> str:
@@ -392,7 +424,9 @@ def reason(settings: Settings, state: State, now: float) -> str:
         if missing <= 0:
             wait = max(0.0, state.rest_until - now)
             return f"resting after an abandoned round, for {wait:.0f} s"
-        return f"waiting for {missing} more worker{'s' * (missing != 1)} to join"
+        apart = len(state.members & state.quarantined)
+        beside = f", beside {apart} in quarantine" if apart else ""
+        return f"waiting for {missing} more worker{'s' * (missing != 1)} to join{beside}"
     awaited = state.participants - state.skipped - state.contributions.keys()
     return (
         f"waiting for {len(awaited)} of {len(state.participants)} participants, "

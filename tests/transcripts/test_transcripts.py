@@ -9,6 +9,7 @@ with `pytest tests/transcripts --rewrite` and read the diff.
     join W, leave W                        a worker connects, or its connection ends
     report W round=R payload=TEXT          a contribution
     skip W round=R                         a worker sits the round out
+    quarantine W                           the caller wants no more rounds with a worker
     appended, append-failed WHY            the caller's answer to commit, abandon and finish
     tick +S                                S seconds pass
 """
@@ -74,6 +75,8 @@ def event_of(command: str, words: list[str]) -> rounds.Event:
             return rounds.Reported(int(worker), int(given["round"]), given["payload"].encode())
         case "skip", [worker, *rest]:
             return rounds.Skipped(int(worker), int(pairs(rest)["round"]), "the loss is nan")
+        case "quarantine", [worker]:
+            return rounds.Quarantined(frozenset({int(worker)}))
         case "tick", _:
             return rounds.Tick()
         case "appended", []:

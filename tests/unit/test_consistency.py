@@ -403,6 +403,20 @@ SECURE: Final = 'mode = "secure-sum"\nhonest_min = 2'
             "rounds.deadline_k = 0",
         ),
         (
+            {
+                "privacy": 'mode = "central"',
+                "rounds": 'telemetry = "none"',
+                "service": "quarantine = true",
+            },
+            "keeps nobody's scalars",
+            "set it to false",
+        ),
+        (
+            {"service": 'auditor = "us"'},
+            "service.auditor",
+            "set service.quarantine = true",
+        ),
+        (
             {"rounds": "participants = 2"},
             "rounds.participants must be 0",
             "at least rounds.quorum",
@@ -473,6 +487,8 @@ SECURE: Final = 'mode = "secure-sum"\nhonest_min = 2'
         "clipped mean by examples",
         "median of two",
         "a secure sum in haste",
+        "quarantine in a sum",
+        "an auditor of nothing",
         "fewer participants than the quorum",
     ],
 )
