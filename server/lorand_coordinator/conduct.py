@@ -6,12 +6,13 @@ the ledger, comes to the same. Three signs, each a running mean over about forty
 - copies: codes that another participant sent in the same round (the lowest number keeps them), or
   that anyone sent in the round before, which measured other directions;
 - loud: scalars more than LOUD times as long as the typical participant's;
-- against: scalars that point away from what the others report (clipped to the typical length), by
-  the cosine's mean and standard error; or from what the auditor does, a worker that the operator
-  runs on public data, as the trusted direction of FLTrust (Cao et al., NDSS 2021).
+- against: scalars that point away from the auditor's, by the cosine's mean and standard error. An
+  auditor is a worker that the operator runs on public data, after the trusted direction of FLTrust
+  (Cao et al., NDSS 2021). The others' sum is no such direction: who has labels unlike theirs points
+  away from it too, and was sent away in experiments/results/byzantine.md before this was so.
 
-Nothing here tells a lie about private data from other data: who has labels unlike all others'
-points away from them too. So less than half of those who took part are ever sent away.
+Nothing here tells a lie about private data from other data, so less than half of those who took
+part are ever sent away.
 """
 
 from collections.abc import Mapping
@@ -81,7 +82,7 @@ class Record:
         error = deviation / sqrt(min(self.rounds, EFFECTIVE_ROUNDS))
         if self.along < -ERRORS * error:
             return (
-                f"its scalars point away from the others' (mean cosine {self.along:.2f} ± "
+                f"its scalars point away from the auditor's (mean cosine {self.along:.2f} ± "
                 f"{error:.2f})"
             )
         return ""
@@ -107,7 +108,7 @@ def after(
     workers = sorted(reports)
     packed = {w: codec.pack(config.codec.up, reports[w].codes) for w in workers}
     rows = np.stack([decoded(config, reports[w], scale_exponent) for w in workers])
-    cosines = _cosines(config, rows, workers.index(auditor) if auditor in reports else None)
+    cosines = _cosines(rows, workers.index(auditor) if auditor in reports else None)
     lengths = np.sqrt(np.sum(rows**2, axis=1))
     loud = lengths > LOUD * lengths[rules.typical(rows)]
     records, reasons = dict(conduct.records), dict(conduct.reasons)
@@ -125,21 +126,13 @@ def after(
     return Conduct(records, frozenset(packed.values()), reasons)
 
 
-def _cosines(config: RunConfig, rows: Floats, auditor: int | None) -> Floats:
-    """Return each row's cosine with the sum of the others, or with the auditor's, shape (n,).
-
-    0 where nothing can be compared: with directions of one's own, or between two.
-    """
-    count = len(rows)
-    if config.directions.mode == "own" or (auditor is None and count < 3):
-        return np.zeros(count)
-    clipped = rules.clip(rows)
-    beside = clipped.sum(axis=0) - clipped
-    if auditor is not None:
-        beside = np.broadcast_to(rows[auditor], rows.shape)
-    dots = np.sum(rows * beside, axis=1)
-    lengths = np.sqrt(np.sum(rows**2, axis=1) * np.sum(beside**2, axis=1))
-    cosines: Floats = np.divide(dots, lengths, out=np.zeros(count), where=lengths > 0)
+def _cosines(rows: Floats, auditor: int | None) -> Floats:
+    """Return each row's cosine with the auditor's, shape (n,); 0 where nothing can be compared."""
+    if auditor is None:
+        return np.zeros(len(rows))
+    dots = rows @ rows[auditor]
+    lengths = np.sqrt(np.sum(rows**2, axis=1) * np.sum(rows[auditor] ** 2))
+    cosines: Floats = np.divide(dots, lengths, out=np.zeros(len(rows)), where=lengths > 0)
     return cosines
 
 

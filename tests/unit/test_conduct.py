@@ -19,12 +19,12 @@ from lorand_coordinator.conduct import Conduct
 
 SCALE: Final = -5
 SIGNAL: Final = 0.5
-"""Of unit noise: the cosine of one participant's scalars with the mean of nine is about 0.4."""
+"""Of unit noise: the mean cosine of two participants' scalars is about 0.2."""
 
 Liar = Callable[[Floats, Floats], Floats]
 """(own scalars, those of worker 2 in the round before) → what it says."""
 LIARS: Final[dict[str, tuple[Liar, str]]] = {
-    "flip": (lambda own, before: -own, "point away from the others'"),
+    "flip": (lambda own, before: -own, "point away from the auditor's"),
     "loud": (lambda own, before: 100 * own, "over 3 times the typical size"),
     "copy": (lambda own, before: before, "were copies of others"),
 }
@@ -70,7 +70,7 @@ def coded(config: RunConfig, values: Floats) -> Codes:
 def test_a_liar_is_sent_away_with_its_reason(name: str) -> None:
     """Each kind by its own sign, and nobody else with it."""
     liar, why = LIARS[name]
-    found = lived(watched(), {4: liar, 7: liar})
+    found = lived(watched(), {4: liar, 7: liar}, rounds=100, auditor=1)
     assert set(found.reasons) == {4, 7}
     assert all(why in reason for reason in found.reasons.values())
 
@@ -86,7 +86,7 @@ def test_nobody_is_judged_by_a_few_rounds() -> None:
 def test_the_honest_stay(up: str, signal: float) -> None:
     """Where there is nothing but noise, and where all measure nearly the same."""
     config = watched(codec={"up": up})
-    assert lived(config, {}, rounds=100, signal=signal).reasons == {}
+    assert lived(config, {}, rounds=100, signal=signal, auditor=1).reasons == {}
 
 
 def test_of_two_that_say_the_same_one_stays() -> None:
@@ -114,22 +114,13 @@ def test_less_than_half_are_sent_away() -> None:
 
 
 def test_an_auditor_is_believed_against_the_others() -> None:
-    """Six of ten flip: by the others' sum the honest would stand out."""
-    flip, _ = LIARS["flip"]
-    flippers = dict.fromkeys(range(5, 11), flip)
+    """Six of ten flip, and less than half are sent away; without an auditor nobody is."""
+    flippers = dict.fromkeys(range(5, 11), LIARS["flip"][0])
     config = watched(service={"auditor": "us"})
-    alone = lived(config, flippers, rounds=100)
-    assert set(alone.reasons) == {1, 2, 3, 4}
-    audited = lived(config, flippers, rounds=100, auditor=1)
-    assert set(audited.reasons) < set(flippers)
-    assert len(audited.reasons) == 4
-
-
-def test_own_directions_are_not_compared() -> None:
-    flip, _ = LIARS["flip"]
-    loud, _ = LIARS["loud"]
-    found = lived(watched(directions={"mode": "own"}), {4: flip, 7: loud})
-    assert set(found.reasons) == {7}
+    found = lived(config, flippers, rounds=200, auditor=1)
+    assert set(found.reasons) < set(flippers)
+    assert len(found.reasons) == 4
+    assert not lived(config, flippers, rounds=200).reasons
 
 
 # ------------------------------------------------------------- in a run
