@@ -9,7 +9,7 @@ the ledger, comes to the same. Three signs, each a running mean over about forty
 - against: scalars that point away from the auditor's, by the cosine's mean and standard error. An
   auditor is a worker that the operator runs on public data, after the trusted direction of FLTrust
   (Cao et al., NDSS 2021). The others' sum is no such direction: who has labels unlike theirs points
-  away from it too, and was sent away in experiments/results/byzantine.md before this was so.
+  away from it too.
 
 Nothing here tells a lie about private data from other data, so less than half of those who took
 part are ever sent away.
