@@ -16,8 +16,9 @@ from typing import Any, Final, Protocol, Self
 import grpc
 from tests import tiny
 
-from lorand import ledger
+from lorand import credentials, ledger
 from lorand.config import RunConfig
+from lorand.credentials import Credentials
 from lorand.v1 import status_pb2 as pb
 from lorand.v1 import status_pb2_grpc as service
 from lorand_coordinator import show
@@ -25,6 +26,10 @@ from lorand_coordinator import show
 BIN: Final = Path(sys.executable).parent
 ROOT: Final = Path(__file__).resolve().parent.parent
 LIMIT_S: Final = 60.0
+CONNECTING: Final = frozenset(
+    {"serve", "status", "health", "join", "evaluate", "export", "squeeze", "replay"}
+)
+"""Commands that reach a coordinator, or may; `ledger export` is `ledger`."""
 ENVIRONMENT: Final = {
     **os.environ,
     # One thread a process: the models are tiny, and the machine is shared.
@@ -188,7 +193,12 @@ class Nursery:
 
 
 class Room:
-    """A folder with a run file, run.lock, a model and data, and the processes of one run."""
+    """A folder with a run file, run.lock, a model and data, and the processes of one run.
+
+    Unless `insecure` is set to False, it all goes without certificates.
+    """
+
+    insecure = True
 
     def __init__(
         self,
@@ -223,7 +233,12 @@ class Room:
         """Start a command in the folder."""
         self._logs += 1
         log = self.folder / f"{self._logs:03}-{program}.log"
-        return self._starter(self.folder, log, program, *arguments)
+        return self._starter(self.folder, log, program, *self.flagged(*arguments))
+
+    def flagged(self, *arguments: object) -> tuple[object, ...]:
+        """Return a command's arguments with --insecure, where it would take one."""
+        flags = ("--insecure",) if self.insecure and arguments[0] in CONNECTING else ()
+        return (*arguments, *flags)
 
     def once(self, program: str, *arguments: object) -> dict[str, Any]:
         """Run a command with --json to its end; return what it printed."""
@@ -279,9 +294,9 @@ class MakeRoom:
         return Room(folder, content, model or self._model, self._data, starter or self._starter)
 
 
-def status(address: str) -> pb.GetStatusResponse | None:
+def status(address: str, shown: Credentials | None = None) -> pb.GetStatusResponse | None:
     """Return a coordinator's status; None where none answers."""
-    with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
+    with credentials.channel(address, shown) as channel:
         try:
             answer: pb.GetStatusResponse = service.StatusServiceStub(channel).GetStatus(
                 pb.GetStatusRequest(), timeout=5
@@ -291,9 +306,9 @@ def status(address: str) -> pb.GetStatusResponse | None:
     return answer
 
 
-def committed(address: str) -> int:
+def committed(address: str, shown: Credentials | None = None) -> int:
     """Return how many rounds a coordinator has committed; -1 where none answers."""
-    answer = status(address)
+    answer = status(address, shown)
     return -1 if answer is None else answer.committed
 
 

@@ -17,6 +17,7 @@ from lorand.errors import ConfigError, LorandError
 from lorand.layerwise import LayerwiseReplica
 from lorand.ledger import Position
 from lorand.manifest import Identity, Manifest
+from lorand.privacy.diff2 import Rule
 from lorand.privacy.mechanism import Integers, Mechanism
 from lorand.replica import DTYPES, CopyReplica, Replica, WholeReplica
 from lorand.subspaces.replica import SubspaceReplica
@@ -24,6 +25,7 @@ from lorand.subspaces.state import ReplicatedState
 from lorand.subspaces.state_optimizers import Settings
 from lorand_worker import independence, local_steps, memory, model, quantisation, tasks
 from lorand_worker.data import Examples, Pairs, Sampler
+from lorand_worker.differenced import Differenced
 from lorand_worker.estimators import Measurement, Order
 from lorand_worker.floor import FloorWatch
 from lorand_worker.memory import Weights
@@ -165,7 +167,7 @@ class ModelBench:
         examples: Examples | Pairs,
         source: random.Random | None = None,
         forward: Forward | None = None,
-        mechanism: Mechanism | None = None,
+        mechanism: Mechanism | Rule | None = None,
     ) -> None:
         """Tokenise the examples and build the run's estimator; `source` fixes the batches.
 
@@ -175,11 +177,17 @@ class ModelBench:
         self._task = task_for(base, config, examples, forward)
         self._subspace = config.subspace.kind
         self._work = local_steps.build(config, base.replica, base.loaded.module)
-        self._noised: Noised | None = None
+        self._noised: Noised | Differenced | None = None
         if mechanism is not None:
             independence.check(base.loaded.module, self._task)
             random_bytes = os.urandom if source is None else source.randbytes
-            self._noised = Noised.of(config, self._work, mechanism, len(examples), random_bytes)
+            work, count = self._work, len(examples)
+            if isinstance(mechanism, Rule):
+                self._noised = Differenced.of(
+                    config, work, mechanism, self.replica, count, random_bytes
+                )
+            else:
+                self._noised = Noised.of(config, work, mechanism, count, random_bytes)
         self._private = config.privacy.noised
         self._sampler = Sampler(len(examples), config.estimator.batch_size, source)
         batch = min(len(examples), config.estimator.batch_size)
@@ -201,14 +209,15 @@ class ModelBench:
 
     def release(self, indices: Indices) -> Integers:
         """See Bench."""
-        if self._noised is None:
-            raise LorandError("a private run is measured with its mechanism, or not at all")
+        assert isinstance(self._noised, Noised), "sums are of gradients"
         return self._noised.release(self._task.losses, indices)
 
     def measure(self, order: Order) -> Measurement:
         """See Bench."""
         if self._private:
-            raise LorandError("a private run is measured with its mechanism, or not at all")
+            if self._noised is None:
+                raise LorandError("a private run is measured with its mechanism, or not at all")
+            return self._noised.measure(self._task.losses, order)
         batches = partial(self._sampler.batch, order.batch_size)
         measured = self._work.do(self._task.loss, batches, order, len(self._task))
         self._watch.see(measured)

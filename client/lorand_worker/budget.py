@@ -16,13 +16,14 @@ from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
+from lorand import durable, schedules
 from lorand.config import RunConfig
 from lorand.errors import BudgetSpent, LorandError
-from lorand.privacy import accountant, plan
+from lorand.privacy import accountant, diff2, plan
 from lorand.privacy.accountant import Release
+from lorand.privacy.diff2 import Rule
 from lorand.privacy.mechanism import Mechanism
 from lorand.v1 import ledger_pb2 as pb
-from lorand_worker import durable
 from lorand_worker.feedback import Place
 
 FORMAT: Final = "lorand/budget/v1"
@@ -43,11 +44,31 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Restarts:
+    """Those releases of a DIFF2 run that are of gradients, not of differences.
+
+    They are in the rounds after a multiple of `every` commits; `charged` of `limit` are spent.
+    """
+
+    release: Release
+    every: int
+    limit: int
+    charged: int = 0
+
+    @staticmethod
+    def of(config: RunConfig, release: Release, charged: int = 0) -> "Restarts":
+        """Return those of a run."""
+        every, spare = config.privacy.restart_every, config.privacy.spare_rounds
+        return Restarts(release, every, diff2.counts(config.run.rounds, every, spare)[0], charged)
+
+
+@dataclass(frozen=True)
 class Account:
     """What was released of some examples in a run, and how much may be.
 
     `charged` of `limit` releases are spent; each made `scalars` numbers of a fresh sample. `data`
-    is the file that the examples came from.
+    is the file that the examples came from. Of a DIFF2 run `restarts` are some of them, and
+    `release` is that of the others.
     """
 
     run_digest: str
@@ -61,15 +82,43 @@ class Account:
     limit: int
     charged: int = 0
     answer: Answer | None = None
+    restarts: Restarts | None = None
 
     @property
     def left(self) -> int:
         """Releases that may still be made."""
         return self.limit - self.charged
 
+    def left_after(self, committed: int) -> int:
+        """Return how many may still be made of the kind that a round after so many commits has."""
+        first = self.restarts
+        if first is None:
+            return self.left
+        if schedules.restarts(committed, first.every):
+            return first.limit - first.charged
+        return self.left - (first.limit - first.charged)
+
     def spent(self) -> float:
         """Return the epsilon, at delta, of what is charged so far."""
-        return accountant.epsilon(self.release, self.charged, self.delta)
+        return self._epsilon(self.charged, self.restarts.charged if self.restarts else 0)
+
+    def most(self) -> float:
+        """Return the epsilon, at delta, of all that may be charged."""
+        return self._epsilon(self.limit, self.restarts.limit if self.restarts else 0)
+
+    def _epsilon(self, times: int, restarts: int) -> float:
+        parts = [(self.release, times - restarts)]
+        if self.restarts is not None:
+            parts.append((self.restarts.release, restarts))
+        return accountant.epsilon_together(parts, self.delta)
+
+    def after(self, asked: Asked, contribution: pb.Contribution) -> "Account":
+        """Return the account with one release more."""
+        first, (_, committed, _) = self.restarts, asked
+        if first is not None and schedules.restarts(committed, first.every):
+            first = replace(first, charged=first.charged + 1)
+        answer = Answer(asked, contribution)
+        return replace(self, charged=self.charged + 1, answer=answer, restarts=first)
 
 
 class Budget:
@@ -114,13 +163,22 @@ class Budget:
             limit=config.releases,
         )
         if not self.path.exists():
-            account = replace(begun, release=planned(config))
+            if config.privacy.differences:
+                made = plan.planned_differences(config)
+                account = replace(begun, release=made.increment)
+                account = _with_restarts(account, config, Restarts.of(config, made.restart))
+            else:
+                account = replace(begun, release=planned(config))
             self._check(account)
             self._keep(account)
             return account
         account = read(self.path)
         release = plan.release_of(config, account.release.multiplier)
         ours = replace(begun, release=release, charged=account.charged, answer=account.answer)
+        if config.privacy.differences:
+            first = account.restarts or Restarts(release, 0, 0)  # which is of no such run
+            release = plan.release_of(config, first.release.multiplier)
+            ours = _with_restarts(ours, config, Restarts.of(config, release, first.charged))
         if replace(account, data=ours.data) != ours:
             raise _unreliable(self.path, "it is of another run, worker or release of lorand")
         self._check(account)
@@ -128,7 +186,7 @@ class Budget:
 
     def _check(self, account: Account) -> None:
         """Have the whole run stay within its target, whatever made the account."""
-        most = accountant.epsilon(account.release, account.limit, account.delta)
+        most = account.most()
         if not most <= account.target_epsilon + SLACK:
             raise _unreliable(
                 self.path, f"{account.limit} rounds at its noise are epsilon {most:.4g}"
@@ -157,14 +215,17 @@ class Budget:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def mechanism(self, config: RunConfig) -> Mechanism:
+    def mechanism(self, config: RunConfig) -> Mechanism | Rule:
         """Return what releases a round of the run, with the noise of this account."""
-        return plan.mechanism(config, self.account.release.multiplier)
+        multiplier, restarts = self.account.release.multiplier, self.account.restarts
+        if restarts is not None:
+            return plan.rule(config, restarts.release.multiplier, multiplier)
+        return plan.mechanism(config, multiplier)
 
-    def check(self) -> None:
-        """Raise BudgetSpent when there is nothing left for another release."""
+    def check(self, committed: int) -> None:
+        """Raise BudgetSpent when nothing is left for a round after so many commits."""
         account = self.account
-        if account.left <= 0:
+        if account.left_after(committed) <= 0:
             raise BudgetSpent(
                 f"the privacy budget of {account.worker!r} in the run {account.run!r} is spent: "
                 f"{account.charged} of {account.limit} releases, (epsilon "
@@ -179,10 +240,8 @@ class Budget:
         Raises BudgetSpent when nothing is left, LorandError when it cannot be kept: in either case
         the release must be dropped.
         """
-        self.check()
-        account = replace(
-            self.account, charged=self.account.charged + 1, answer=Answer(asked, contribution)
-        )
+        self.check(asked[1])
+        account = self.account.after(asked, contribution)
         self._keep(account)
         self.account = account
 
@@ -191,6 +250,11 @@ class Budget:
             durable.replace(self.path, _written(account))
         except OSError as error:
             raise _unwritten(self.path, error) from error
+
+
+def _with_restarts(account: Account, config: RunConfig, restarts: Restarts) -> Account:
+    """Return that of a DIFF2 run, of which either kind may need all spare rounds."""
+    return replace(account, restarts=restarts, limit=account.limit + config.privacy.spare_rounds)
 
 
 def read(path: Path) -> Account:
@@ -205,7 +269,12 @@ def read(path: Path) -> Account:
             body = base64.b64decode(answer["contribution"], validate=True)
             answer = Answer((first, second, third), pb.Contribution.FromString(body))
         release = Release(**content.pop("release"))
-        account = Account(release=release, answer=answer, **content)
+        restarts = content.pop("restarts", None)
+        if restarts is not None:
+            restarts = Restarts(release=Release(**restarts.pop("release")), **restarts)
+        account = Account(release=release, answer=answer, restarts=restarts, **content)
+        if restarts is not None and not 0 <= restarts.charged <= restarts.limit:
+            raise ValueError("what it counts cannot be")
         if not 0 <= account.charged <= account.limit or (account.charged == 0) != (answer is None):
             raise ValueError("what it counts cannot be")
         return account

@@ -1,7 +1,6 @@
 """lr-worker: take part in a run with private data, evaluate it, and keep what it learned."""
 
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -15,18 +14,21 @@ import typer
 from rich.console import Console
 
 from lorand.config import RunConfig, load
+from lorand.durable import state_folder
 from lorand.errors import ConfigError, LorandError
 from lorand.manifest import Identity
-from lorand_worker import guard, privacy_cli
+from lorand_worker import connecting, guard, privacy_cli
 from lorand_worker.flags import (
     Address,
     CacheDir,
     CacheDisk,
     CacheMemory,
+    CredentialsFile,
     Data,
     Device,
     GiveUp,
     IdentityFile,
+    Insecure,
     Json,
     KeptWeights,
     MaxEpsilon,
@@ -38,7 +40,6 @@ from lorand_worker.flags import (
     State,
     Threads,
     TrustCoordinator,
-    state_folder,
     with_optional_value,
 )
 from lorand_worker.memory import Weights
@@ -55,6 +56,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(connecting.enrol)
 app.command()(privacy_cli.privacy)
 app.add_typer(privacy_cli.sums, name="sum")
 
@@ -170,6 +172,8 @@ def join(
     cache_dir: CacheDir = None,
     threads: Threads = 0,
     give_up_s: GiveUp = 600.0,
+    credentials_file: CredentialsFile = None,
+    insecure: Insecure = False,
     require_privacy: RequirePrivacy = False,
     max_epsilon: MaxEpsilon = None,
     trust_coordinator: TrustCoordinator = False,
@@ -187,7 +191,6 @@ def join(
     from lorand import adapter
     from lorand_worker import data as data_files
     from lorand_worker.bench import ModelBench
-    from lorand_worker.link import Link
     from lorand_worker.precision import choose
     from lorand_worker.resolution import check_perturbation
     from lorand_worker.session import Session, fetch_run
@@ -196,7 +199,7 @@ def join(
 
     _set_threads(threads)
     report = _reporter(json_output)
-    link = Link(address, give_up_s)
+    link = connecting.connect(address, give_up_s, credentials_file, insecure, state)
     policy = guard.Policy(
         guard.parse_seed_pool(seed_pool),
         require_privacy=require_privacy,
@@ -206,19 +209,19 @@ def join(
     budget = None
     began = time.monotonic()
     try:
+        who = connecting.name_of(link.shown, name, data)
         config, theirs = fetch_run(link, report.note)
         guard.check(config, policy)
         examples = data_files.load(data, config.task)
         guard.check_examples(config, len(examples), str(data))
-        for line in guard.disclosure(config):
-            report.note(line)
         for label in data_files.missing_labels(examples, config.task):
             report.note(f"no example here is labelled {label!r}; other workers may have some")
         base = _load_base(config, model, device, report, weights, checkpointing, theirs)
         if theirs is not None:
             guard.check_identity(base.identity, theirs)
+        for line in guard.disclosure(config, base.identity.manifest):
+            report.note(line)
         check_perturbation(config, base.replica)
-        who = name or f"{socket.gethostname()}-{data.stem}"[:64]
         folder = state or state_folder()
         budget = open_budget(config, base.identity, who, folder, data, policy, report)
         report.note(base.weights)
@@ -288,6 +291,8 @@ def evaluate(
     cache_dir: CacheDir = None,
     threads: Threads = 0,
     give_up_s: GiveUp = 600.0,
+    credentials_file: CredentialsFile = None,
+    insecure: Insecure = False,
     public_data: PublicData = False,
     json_output: Json = False,
 ) -> None:
@@ -295,12 +300,11 @@ def evaluate(
     from lorand_worker import data as data_files
     from lorand_worker import session
     from lorand_worker.bench import ModelBench
-    from lorand_worker.link import Link
     from lorand_worker.tasks import Forward
 
     _set_threads(threads)
     report = _reporter(json_output)
-    link = Link(address, give_up_s)
+    link = connecting.connect(address, give_up_s, credentials_file, insecure)
     try:
         config, theirs = session.fetch_run(link, report.note)
         guard.check_evaluation(config, posts=follow, public=public_data)
@@ -314,7 +318,7 @@ def evaluate(
             config,
             base.identity,
             ModelBench(base, config, examples, forward=forward),
-            name=name or f"{socket.gethostname()}-{data.stem}"[:64],
+            name=connecting.name_of(link.shown, name, data),
             every=every,
             follow=follow,
             report=report,
@@ -340,13 +344,15 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Where to write.")],
     merged: Annotated[bool, typer.Option(help="Also write full weights (safetensors).")] = False,
     model: Model = None,
+    credentials_file: CredentialsFile = None,
+    insecure: Insecure = False,
     json_output: Json = False,
 ) -> None:
     """Write the kilobyte adapter of a run and, with --merged, the whole fine-tuned model."""
     from lorand import adapter
     from lorand_worker import merge
 
-    position = _position(source)
+    position = connecting.position(source, credentials_file, insecure)
     size = adapter.save(adapter.of(position), folder)
     result: dict[str, Any] = {
         "folder": str(folder),
@@ -373,6 +379,8 @@ def squeeze(
     folder: Annotated[Path, typer.Argument(help="Where to write.")],
     rank: Annotated[int, typer.Option(min=1, help="Rank that is kept of each layer's update.")],
     model: Model = None,
+    credentials_file: CredentialsFile = None,
+    insecure: Insecure = False,
     json_output: Json = False,
 ) -> None:
     """Write a run's LoRA layers at a smaller rank, as an adapter that the peft library opens."""
@@ -380,7 +388,10 @@ def squeeze(
     from lorand_worker import squeeze as squeezing
 
     exported = Path(source).is_dir()
-    position = adapter.position(adapter.load(Path(source))) if exported else _position(source)
+    if exported:
+        position = adapter.position(adapter.load(Path(source)))
+    else:
+        position = connecting.position(source, credentials_file, insecure)
     squeezing.check(position.config, rank, folder)
     base = _load_at(position, model, "cpu", _reporter(json_output))
     kept = squeezing.save(base.loaded, position, rank, folder)
@@ -393,10 +404,12 @@ def replay(
     source: Source,
     model: Model = None,
     device: Device = "cpu",
+    credentials_file: CredentialsFile = None,
+    insecure: Insecure = False,
     json_output: Json = False,
 ) -> None:
     """Rebuild the weights from a ledger and the base model, and print their digest."""
-    position = _position(source)
+    position = connecting.position(source, credentials_file, insecure)
     base = _load_at(position, model, device, _reporter(json_output))
     digest = base.replica.digest().hex()
     say(
@@ -404,21 +417,6 @@ def replay(
         f"{position.committed} rounds replayed\nweights {digest}",
         json_output,
     )
-
-
-def _position(source: str) -> Any:
-    """Return where a ledger ends: a file's, or a running coordinator's."""
-    from lorand import ledger
-    from lorand_worker.link import Link
-
-    path = Path(source)
-    if path.exists() or ":" not in source:
-        return ledger.replay(ledger.read_file(path))
-    link = Link(source, give_up_s=30.0)
-    try:
-        return link.persist(lambda: ledger.replay(link.entries(0)), lambda why: None)
-    finally:
-        link.close()
 
 
 def _reporter(json_output: bool) -> ConsoleReporter:

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorand.codec import Floats
+from lorand.coefficients import Coefficients
 from lorand.config import RunConfig
 from lorand.directions import Indices
 from lorand.errors import ConfigError, LorandError
@@ -43,7 +44,8 @@ class Order:
     The directions to measure, shape (count,), factors on their scalars where local steps use them
     (`Draws.importance`; None: 1), how many rounds were committed before, and the number of examples
     where it is not the run's batch size. `elect` are the numbers of the tensors whose next columns
-    the round elects. `curvature` asks for what the directions met of it.
+    the round elects. `curvature` asks for what the directions met of it. `before` are the
+    coefficients that the last commit found, where the ledger tells.
     """
 
     indices: Indices
@@ -52,6 +54,7 @@ class Order:
     batch_size: int = 0
     elect: Sequence[int] = ()
     curvature: bool = False
+    before: Coefficients | None = None
 
 
 @dataclass(frozen=True)

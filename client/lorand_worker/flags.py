@@ -1,6 +1,5 @@
 """Flags of lr-worker that several commands share or that need many words: types with their help."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -62,6 +61,21 @@ TrustCoordinator = Annotated[
         "(privacy.mode central) are private enough.",
     ),
 ]
+CredentialsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--credentials",
+        envvar="LORAND_CREDENTIALS",
+        help="This member's key and certificate; default: a file a coordinator, in credentials/ of "
+        "--state.",
+    ),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option(
+        "--insecure", help="A coordinator on this machine that serves with --insecure, too."
+    ),
+]
 IdentityFile = Annotated[
     Path | None,
     typer.Option("--identity", help="Secure sums: this worker's key, of `lr-worker sum key`."),
@@ -77,8 +91,8 @@ MinMembers = Annotated[
 State = Annotated[
     Path | None,
     typer.Option(
-        help="Folder for what must survive a restart: privacy budgets, and what codes of local "
-        "steps lost; default: ~/.local/state/lorand."
+        help="Folder for what must survive a restart: privacy budgets, credentials, and what codes "
+        "of local steps lost; default: ~/.local/state/lorand."
     ),
 ]
 PublicData = Annotated[
@@ -89,12 +103,6 @@ PublicData = Annotated[
         "posted.",
     ),
 ]
-
-
-def state_folder() -> Path:
-    """Return where a worker keeps what must survive a restart, unless told otherwise."""
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(home) / "lorand"
 
 
 def with_optional_value(arguments: list[str], option: str, default: str) -> list[str]:

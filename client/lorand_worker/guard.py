@@ -6,8 +6,9 @@ from typing import Final
 from lorand.coefficients import check_size
 from lorand.config import LocalSection, RunConfig
 from lorand.errors import ConfigError, DataError, HandshakeError
-from lorand.manifest import Identity
+from lorand.manifest import Identity, Manifest
 from lorand.subspaces import periods
+from lorand.subspaces.basis import Layout
 
 ANY: Final = "any"
 ANY_POOL: Final = 0
@@ -161,8 +162,11 @@ def check_identity(ours: Identity, theirs: Identity) -> None:
         )
 
 
-def disclosure(config: RunConfig) -> list[str]:
-    """Return, as sentences, what leaves this machine in this run."""
+def disclosure(config: RunConfig, manifest: Manifest | None = None) -> list[str]:
+    """Return, as sentences, what leaves this machine in this run.
+
+    With the manifest of what it trains, also whether the scalars are enough to solve for gradients.
+    """
     count = config.num_directions
     sent = {"none": config.codec.up, "worker": config.codec.up, "central": "64-bit"}
     codes = f"{count:,} {sent.get(config.privacy.mode, 'masked')} code{'s' * (count != 1)}"
@@ -187,8 +191,31 @@ def disclosure(config: RunConfig) -> list[str]:
     lines.append(f"With it goes {listed}." if also else "Nothing else goes with it.")
     stays = "Texts, labels, weights and gradients stay here."
     if not config.privacy.noised:
-        return [*lines, f"{stays} This run adds no privacy noise."]
+        lines.append(f"{stays} This run adds no privacy noise.")
+        return lines if manifest is None else [*lines, *_solvable(config, manifest)]
     return [*lines, stays, *_noise(config)]
+
+
+def _solvable(config: RunConfig, manifest: Manifest) -> list[str]:
+    """Warn where scalars are as many as the numbers they measure (docs/privacy.md).
+
+    In local steps what they measure is where the steps led, which tells as much of the data.
+    """
+    scalars, rounds, trained = config.num_directions, config.run.rounds, Layout(manifest).size
+    advice = "join runs with [privacy] if that must not be, or runs that train more and send less."
+    if scalars >= trained:
+        return [
+            f"Warning: that many scalars can be solved for the {trained:,} numbers that this run "
+            "trains: each round tells what was measured about as well as the gradient itself, and "
+            f"of small batches texts' features and labels; {advice}"
+        ]
+    if rounds * scalars >= trained:
+        return [
+            f"Warning: all {rounds:,} rounds together send {rounds * scalars:,} scalars, at least "
+            f"as many as the {trained:,} numbers that this run trains: of examples that are "
+            f"measured again and again they can tell the gradient; {advice}"
+        ]
+    return []
 
 
 def _noise(config: RunConfig) -> list[str]:
@@ -209,7 +236,13 @@ def _noise(config: RunConfig) -> list[str]:
             f"towards everyone, where {section.honest_min} of those in the sum are honest",
         ),
     }[section.mode]
+    changes = (
+        ["Between restarts of the estimator (DIFF2, experimental) it is how that has changed."]
+        if section.differences
+        else []
+    )
     return [
+        *changes,
         f"{where} what all rounds of this run together show of any one example is bounded by "
         f"epsilon {section.target_epsilon:g}, delta {section.delta:g}, {towards}. An example is "
         "one line of the data: of somebody with several lines more may be seen.",

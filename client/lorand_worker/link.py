@@ -6,15 +6,17 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from lorand import ledger, transport
+from lorand import credentials, ledger, transport
 from lorand.config import PROTOCOL_VERSION, RunConfig
-from lorand.errors import ConnectionLost, HandshakeError, LedgerError
+from lorand.credentials import Credentials
+from lorand.errors import ConfigError, ConnectionLost, HandshakeError, LedgerError
 from lorand.ledger import Position
 from lorand.manifest import Identity
 from lorand.v1 import coordination_pb2 as wire
@@ -28,7 +30,14 @@ CALL_TIMEOUT_S: Final = 30.0
 READ_TIMEOUT_S: Final = 600.0
 EXIT_POLL_S: Final = 1.0
 REQUESTS_QUEUED: Final = 64
-FEATURES: Final = ("checkpoint", "evaluation")
+FEATURES: Final = ("checkpoint", "evaluation", transport.BATCH)
+
+REFUSALS: Final = (
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNAUTHENTICATED,
+)
 
 _Result = TypeVar("_Result")
 
@@ -48,21 +57,30 @@ class Traffic:
 class Link:
     """A channel to one coordinator. `give_up_s` bounds how long it is tried to be reached."""
 
-    def __init__(self, address: str, give_up_s: float) -> None:
-        """Open the channel; nothing is sent yet."""
-        self.address = address
+    def __init__(self, address: str, give_up_s: float, shown: Credentials | None = None) -> None:
+        """Open the channel; nothing is sent yet. Without credentials: on this machine alone."""
+        self.address, self.shown = address, shown
         self.traffic = Traffic()
         self._give_up_s = give_up_s
+        self._channel: grpc.Channel | None = None
         self._open()
 
     def _open(self) -> None:
-        self._channel = grpc.insecure_channel(self.address, transport.channel_options())
+        """Open a channel, in place of one that failed.
+
+        That would connect again while somebody calls, and at no other time: between calls nothing
+        reads its sockets, so that the handshakes it begins run out of time.
+        """
+        self.close()
+        self._take_renewed()
+        self._channel = credentials.channel(self.address, self.shown)
         self._coordination = coordination.CoordinationServiceStub(self._channel)
         self._ledger = ledger_service.LedgerServiceStub(self._channel)
 
     def close(self) -> None:
         """Close the channel."""
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
 
     def persist(self, attempt: Callable[[], _Result], on_wait: Callable[[str], None]) -> _Result:
         """Return the result of `attempt`, repeated with full jitter while the coordinator is away.
@@ -79,7 +97,8 @@ class Link:
             except Retry as error:
                 why, answered = str(error), True
             except grpc.RpcError as error:
-                why = _explain(error)
+                why = _explain(self.address, error)
+                self._open()
             now = time.monotonic()
             if now - began > BACKOFF_LARGEST_S:
                 tries, since = 0, now
@@ -92,12 +111,25 @@ class Link:
                 raise ConnectionLost(
                     f"the coordinator at {self.address} could not be reached for "
                     f"{self._give_up_s:.0f} s ({why}); check the address and that "
-                    "`lr-coordinator serve` runs, then give the same command again"
+                    f"`lr-coordinator serve` runs{self._doubt()}, then give the same command again"
                 )
             on_wait(why)
             limit = min(BACKOFF_LARGEST_S, BACKOFF_FIRST_S * 2**tries)
             time.sleep(random.SystemRandom().uniform(0, limit))
             tries += 1
+
+    def _take_renewed(self) -> None:
+        """Go on with the credentials that `lr-worker enrol --renew` has written meanwhile."""
+        if self.shown is None:
+            return
+        with suppress(ConfigError):  # the file is gone: what was read serves while it is good
+            self.shown = Credentials.read(self.shown.path)
+
+    def _doubt(self) -> str:
+        """Return what else may be wrong: TLS closes a connection without a word."""
+        if self.shown is None:
+            return " with --insecure, too"
+        return f", whether {self.shown.path} has expired ({self.shown.expires:%Y-%m-%d})"
 
     def get_run(self) -> tuple[RunConfig, Identity | None]:
         """Return the run's config, and the identity unless the first worker's is awaited."""
@@ -217,7 +249,7 @@ class Stream:
         for message in self._call:
             self._listening = False
             self._traffic.received += message.ByteSize()
-            yield message
+            yield from message.batch.messages or (message,)
             self._heard, self._listening = time.monotonic(), True
 
     def send(self, request: wire.ParticipateRequest) -> None:
@@ -250,7 +282,7 @@ class Stream:
             self._requests.put_nowait(None)
 
 
-def _explain(error: grpc.RpcError) -> str:
+def _explain(address: str, error: grpc.RpcError) -> str:
     """Return a gRPC failure in a few words; raise it when coming back cannot help."""
     code = error.code() if isinstance(error, grpc.Call) else None
     detail = (error.details() if isinstance(error, grpc.Call) else "") or str(error)
@@ -258,6 +290,12 @@ def _explain(error: grpc.RpcError) -> str:
         raise HandshakeError(
             f"the server there is no lorand coordinator of this version: {detail}"
         ) from error
-    if code in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.RESOURCE_EXHAUSTED):
+    if code in REFUSALS:
         raise HandshakeError(f"the coordinator refused: {detail}") from error
-    return f"{code.name.lower() if code else 'error'}: {detail.splitlines()[0][:160]}"
+    if (distrust := credentials.distrust(address, detail)) is not None:
+        raise distrust from error
+    return f"{code.name.lower() if code else 'error'}: {_first_line(detail)[:160]}"
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lorand.codec import Floats
 from lorand.config import RunConfig
 from lorand.directions import Indices
 from lorand.privacy.mechanism import Integers, Mechanism
 from lorand_worker.data import PoissonSampler
-from lorand_worker.estimators import Estimator, Losses
+from lorand_worker.estimators import Estimator, Losses, Measurement, Order
 from lorand_worker.local_steps import Standing, Work
 
 
@@ -53,10 +54,21 @@ class Noised:
         sampler = PoissonSampler(examples, section.sample_rate, section.batch_cap, source)
         return Noised(work.estimator, mechanism, sampler)
 
+    def measure(self, losses: Losses, order: Order) -> Measurement:
+        """Return one scalar a direction, and no loss."""
+        vectors = vectors_of(self.estimator, losses, self.sampler.batch(), order.indices)
+        return Measurement(self.mechanism.release(vectors), None)
+
     def release(self, losses: Losses, indices: Indices) -> Integers:
-        """Return one number a direction, in the mechanism's grid steps."""
-        batch = self.sampler.batch()
-        vectors = np.empty((0, len(indices)))
-        if batch:
-            vectors = self.estimator.each(alone(losses), batch, indices)
+        """Return one number a direction, in grid steps, for a sum of all workers."""
+        vectors = vectors_of(self.estimator, losses, self.sampler.batch(), indices)
         return self.mechanism.steps(vectors)
+
+
+def vectors_of(
+    estimator: Estimator, losses: Losses, batch: Sequence[int], indices: Indices
+) -> Floats:
+    """Return the scalars of a batch, which may be empty, each example's by itself: (batch, K)."""
+    if not batch:
+        return np.empty((0, len(indices)))
+    return estimator.each(alone(losses), batch, indices)

@@ -203,7 +203,8 @@ class Participant:
         manifest, committed = self.position.identity.manifest, self.position.committed
         elect = self.position.elections.due(config, manifest, committed)
         curvature = self.position.elections.probing(config)
-        order = Order(indices, factors, committed, batch_size, elect, curvature)
+        before = self.position.before
+        order = Order(indices, factors, committed, batch_size, elect, curvature, before)
         if self._budget is not None:
             return self._release(start, order, self._budget, self.worker)
         try:
@@ -243,13 +244,13 @@ class Participant:
         Nothing here depends on the data but the codes: no skip and no reason, whatever the losses
         are. An error ends this worker instead.
         """
-        budget.check()
+        budget.check(order.committed)
         contribution = pb.Contribution(round_index=start.round_index)
         match self.position.config.privacy.mode:
             case "worker":
-                steps = self._bench.release(order.indices)
-                mean = budget.mechanism(self.position.config).mean(steps)
-                coded = self._encode(mean, order.indices, start.scale_exponent)
+                measured = self._bench.measure(order)
+                assert measured.loss is None, "what comes with noise comes alone"
+                coded = self._encode(measured.values, order.indices, start.scale_exponent)
                 contribution.codes = codec.pack(self.position.config.codec.up, coded.codes)
             case "central":
                 contribution.sum = self._bench.release(order.indices).astype("<i8").tobytes()

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from lorand.config import load
-from lorand_worker.flags import Json, State, state_folder
+from lorand.durable import state_folder
+from lorand_worker.flags import Json, State
 from lorand_worker.reporting import say
 
 sums = typer.Typer(help="Secure sums (experimental): who is in them.", no_args_is_help=True)

@@ -54,6 +54,14 @@ def open_budget(
 
 def _said(config: RunConfig, account: Account) -> str:
     release, section = account.release, config.privacy
+    if account.restarts is not None:
+        first = account.restarts
+        return (
+            f"DIFF2, experimental: noise multipliers {first.release.multiplier:.4g} of "
+            f"{first.limit} restarts and {release.multiplier:.4g} of "
+            f"{account.limit - first.limit} rounds between, of which {first.charged} and "
+            f"{account.charged - first.charged} are made"
+        )
     error = _on_a_scalar(config, release.multiplier)
     what = "scalar of the mean of all" if section.summed else "scalar"
     return (
@@ -69,6 +77,8 @@ def expected(config: RunConfig) -> tuple[dict[str, Any], str]:
         raise ConfigError(
             f'the run {config.run.name!r} has no privacy: set privacy.mode = "worker", or another'
         )
+    if section.differences:
+        return _expected_differences(config)
     release = plan.planned(config)
     spent = accountant.epsilon(release, config.releases, section.delta)
     error = _on_a_scalar(config, release.multiplier)
@@ -94,6 +104,28 @@ def _on_a_scalar(config: RunConfig, multiplier: float) -> float:
     section = config.privacy
     parties = config.rounds.quorum if section.summed else 1
     return multiplier * section.clip_bound / (config.estimator.batch_size * parties)
+
+
+def _expected_differences(config: RunConfig) -> tuple[dict[str, Any], str]:
+    section, made = config.privacy, plan.planned_differences(config)
+    spent = made.epsilon(section.delta)
+    both = made.restart.multiplier, made.increment.multiplier
+    error = both[0] * section.clip_bound / config.estimator.batch_size
+    result = {
+        "noise_multiplier": both[1],
+        "noise_multiplier_of_restarts": both[0],
+        "epsilon": spent,
+        "delta": section.delta,
+        "releases": made.restarts + made.increments,
+        "releases_of_restarts": made.restarts,
+        "noise_on_a_scalar": error,
+    }
+    return result, (
+        f"DIFF2, experimental: epsilon {spent:.4g} at delta {section.delta:g} after "
+        f"{made.restarts} restarts and {made.increments} rounds between takes noise multipliers of "
+        f"{both[0]:.4g} and {both[1]:.4g}: after a restart each worker's scalars carry noise of "
+        f"scale {error:.3g}, to which each round adds"
+    )
 
 
 def listed(folder: Path) -> tuple[dict[str, Any], str]:

@@ -93,6 +93,10 @@ ADDED_LATER: Final[dict[str, dict[str, object]]] = {
         "batch_cap": 0,
         "max_examples": 0,
         "honest_min": 0,
+        "estimator": "gradients",
+        "restart_every": 50,
+        "restart_share": 0.5,
+        "slope_bound": 1.0,
     },
 }
 """Settings that the first runs did not have: at these values they are not part of the identity."""
@@ -235,6 +239,7 @@ class ServiceSection(Section):
     """Operation of the coordinator: not part of the run's identity."""
 
     address: str = "127.0.0.1:7700"
+    enrol_address: str = ""
     ledger: str = ""
     checkpoint_every: Count = 50
     heartbeat_s: Positive = 10.0
@@ -283,7 +288,7 @@ class RunConfig(Section):
     def needs_history(self) -> bool:
         """Whether A alone does not say what comes next, so that who joins reads all entries."""
         rotates = self.directions.rotate_every > 0 or periods.voted(self)
-        return rotates or self.directions.drawing != "uniform"
+        return rotates or self.directions.drawing != "uniform" or self.privacy.differences
 
     @property
     def releases(self) -> int:

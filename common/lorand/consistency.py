@@ -26,6 +26,7 @@ def refusals(config: "RunConfig") -> Refusals:
         _private(config),
         _summed(config),
         _aggregated(config),
+        _differences(config),
         _run(config),
     )
 
@@ -398,6 +399,49 @@ def _aggregated(config: "RunConfig") -> Refusals:
         0 < rounds.participants < rounds.quorum,
         "rounds.participants must be 0 (= all that are connected) or at least rounds.quorum",
     )
+
+
+def _differences(config: "RunConfig") -> Refusals:
+    """DIFF2: rounds that release what gradients changed by (experimental)."""
+    section, directions, optimizer = config.privacy, config.directions, config.optimizer
+    ours, name = section.differences, 'privacy.estimator = "diff2"'
+    yield (
+        ours and (section.mode != "worker" or section.mechanism != "gaussian"),
+        f'{name} is Gaussian noise of every worker: set privacy.mode = "worker" and mechanism = '
+        '"gaussian"',
+    )
+    yield (
+        ours and section.batch_cap > 0,
+        f"{name} has no cap on batches: set privacy.batch_cap = 0 and max_examples = 0",
+    )
+    shared = directions.mode == "shared" and directions.drawing == "uniform"
+    yield (
+        ours and not (shared and config.num_directions == directions.pool_size),
+        f"{name} compares rounds along the same directions: set estimator.directions_per_round = "
+        f'{directions.pool_size} = directions.pool_size, directions.mode = "shared" and drawing = '
+        '"uniform"',
+    )
+    yield (
+        ours and directions.rotate_every % section.restart_every != 0,
+        f"{name} begins a pool with a restart: set directions.rotate_every = 0, or to a multiple "
+        f"of privacy.restart_every = {section.restart_every}",
+    )
+    yield (
+        ours and (config.subspace.kind != "full"),
+        f'{name} is known for whole matrices: set subspace.kind = "full"',
+    )
+    plain = optimizer.kind == "sgd" and optimizer.momentum == 0 and optimizer.clip_factor == 0
+    yield (
+        ours and not (plain and not optimizer.normalise),
+        f'{name} steps along what it has gathered: set optimizer.kind = "sgd", normalise = false, '
+        "momentum = 0 and clip_factor = 0",
+    )
+    yield (
+        ours and (config.codec.up != "int32" or config.rounds.aggregation != "mean"),
+        f"{name} releases numbers of very different sizes, which are added up: set codec.up = "
+        '"int32" and rounds.aggregation = "mean"',
+    )
+    yield ours and config.run.rounds < 2, f"{name} has nothing to compare: set run.rounds to 2"
 
 
 def _run(config: "RunConfig") -> Refusals:

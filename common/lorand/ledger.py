@@ -89,6 +89,7 @@ class Position:
     """A reader's place in a run: what it has applied, and the coefficients that follow from it.
 
     The weights are those of the `closed` pools, one after another, and then of `coefficients`.
+    `before` are the coefficients that the last commit found, where it was read and on this pool.
     """
 
     config: RunConfig
@@ -101,6 +102,7 @@ class Position:
     finished: bool = False
     closed: Closed = field(default_factory=Closed)
     elections: Elections = field(default_factory=Elections)
+    before: Coefficients | None = None
 
     def pool(self, number: int) -> Pool:
         """Return a pool of the run, with the basis that directions act in."""
@@ -176,12 +178,17 @@ def apply(position: Position, body: bytes) -> Position:
             position.config, position.identity.manifest, position.committed, entry.commit
         )
         after = replace(
-            after, coefficients=moved, committed=committed, draws=draws, elections=elections
+            after,
+            coefficients=moved,
+            committed=committed,
+            draws=draws,
+            elections=elections,
+            before=position.coefficients,
         )
         if position.config.pool_after(committed) == len(position.closed):
             return after
         closed = position.closed.then(Sparse.of(moved))
-        return replace(after, coefficients=zeros(len(moved)), closed=closed)
+        return replace(after, coefficients=zeros(len(moved)), closed=closed, before=None)
     if kind == "finish":
         return replace(after, finished=True)
     return after

@@ -67,3 +67,8 @@ def _between(points: Sequence[float], at: int, last: int) -> float:
     if over == 0:
         return points[left]
     return points[left] + (points[left + 1] - points[left]) * (over / last)
+
+
+def restarts(committed: int, every: int) -> bool:
+    """Return whether the round after so many commits is the first of so many (DIFF2's restart)."""
+    return committed % every == 0

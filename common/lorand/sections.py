@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from lorand import schedules
+
 Quantisation = Literal["none", "int8", "nf4"]
 TaskKind = Literal["classification", "label-words", "causal-lm"]
 SubspaceKind = Literal["full", "coordinate", "dct", "svd"]
@@ -173,6 +175,10 @@ class PrivacySection(Section):
     each adds a share, so that `honest_min` shares are enough, and nobody sees more than the sum.
     The noise multiplier is no setting: it follows from target_epsilon, delta, sample_rate and the
     rounds of the run, `spare_rounds` included (those that are abandoned and show something too).
+
+    With the estimator `diff2` (`privacy.diff2`, experimental) rounds release gradients at a restart
+    alone, every `restart_every` rounds and with `restart_share` of the budget, and else what they
+    changed by: by `slope_bound` at most where the coefficients moved by one.
     """
 
     mode: Literal["none", "worker", "central", "secure-sum"] = "none"
@@ -185,6 +191,19 @@ class PrivacySection(Section):
     batch_cap: Annotated[int, Field(ge=0, le=65536)] = 0
     max_examples: Annotated[int, Field(ge=0, le=2**31)] = 0
     honest_min: Annotated[int, Field(ge=0, le=32)] = 0
+    estimator: Literal["gradients", "diff2"] = "gradients"
+    restart_every: Annotated[int, Field(ge=2, le=1_000_000)] = 50
+    restart_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    slope_bound: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+    @property
+    def differences(self) -> bool:
+        """Whether rounds between restarts release differences of gradients."""
+        return self.estimator == "diff2"
+
+    def restarts(self, committed: int) -> bool:
+        """Return whether DIFF2 releases gradients in the round after so many commits."""
+        return schedules.restarts(committed, self.restart_every)
 
     @property
     def noised(self) -> bool:

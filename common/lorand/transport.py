@@ -1,19 +1,57 @@
 """Channel options and limits that both ends of a gRPC connection share."""
 
+from ipaddress import ip_address
 from typing import Final
 
 from lorand.config import RunConfig
+from lorand.errors import ConfigError
 
 CHUNK_BYTES: Final = 128 << 10
 """Size of a chunk of a checkpoint, and the target size of a page of entries."""
 BASE_MESSAGE_BYTES: Final = 256 << 10
 MAX_MESSAGE_BYTES: Final = BASE_MESSAGE_BYTES + (9 << 20)
 """Largest message of any run: K = 2^20 numbers of eight bytes, and a manifest of many names."""
+BATCH: Final = "batch"
+"""The feature of workers that take several messages at once."""
 METADATA_BYTES: Final = 16 << 10
 
 KEEPALIVE_MS: Final = 60_000
 KEEPALIVE_TIMEOUT_MS: Final = 20_000
 SERVER_MIN_PING_MS: Final = 30_000
+HANDSHAKE_MS: Final = 10_000
+
+
+def split(address: str) -> tuple[str, int]:
+    """Return host, without brackets, and port of a HOST:PORT. Raises ConfigError.
+
+    >>> split("[::1]:7700")
+    ('::1', 7700)
+    """
+    host, _, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    bare = host[1:-1] if bracketed else host
+    if not bare or (":" in bare) != bracketed or not port.isascii() or not port.isdigit():
+        raise ConfigError(f"{address!r} is no HOST:PORT; write, say, 127.0.0.1:7700 or [::1]:7700")
+    if int(port) > 65535:
+        raise ConfigError(f"{address!r}: a port is at most 65535")
+    return bare, int(port)
+
+
+def join(host: str, port: int) -> str:
+    """Return HOST:PORT, an IPv6 address in brackets.
+
+    >>> join("::1", 7700)
+    '[::1]:7700'
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether what is sent to a host stays on this machine; names but localhost do not."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def message_limit(config: RunConfig) -> int:
@@ -24,7 +62,8 @@ def message_limit(config: RunConfig) -> int:
 def channel_options() -> list[tuple[str, int]]:
     """Options of a worker's channel.
 
-    Its reconnects are the session's own (full jitter), so gRPC's backoff is kept short.
+    Its reconnects are the session's own (full jitter), so gRPC's backoff is kept short, but for the
+    smallest, which is gRPC's limit for a handshake.
     """
     return [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -34,7 +73,7 @@ def channel_options() -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
         ("grpc.keepalive_permit_without_calls", 0),
         ("grpc.initial_reconnect_backoff_ms", 200),
-        ("grpc.min_reconnect_backoff_ms", 200),
+        ("grpc.min_reconnect_backoff_ms", HANDSHAKE_MS),
         ("grpc.max_reconnect_backoff_ms", 3000),
         ("grpc.enable_http_proxy", 0),
     ]

@@ -123,7 +123,7 @@ class Demo:
         self._view.say("loading the model and writing run.lock")
         await self._once("prepare", "lr-worker", "prepare", run, "--model", self._model)
         async with AsyncExitStack() as stack:
-            serve = ("lr-coordinator", "serve", run, "--address", "127.0.0.1:0")
+            serve = ("lr-coordinator", "serve", run, "--address", "127.0.0.1:0", "--insecure")
             coordinator = await self._process("coordinator", *serve).start()
             stack.push_async_callback(coordinator.stop)
             address = (await coordinator.line())["address"]
@@ -146,7 +146,8 @@ class Demo:
         data = str(HERE / "data" / f"{domain}-train.csv")
         worker = await self._process(
             domain,
-            *("lr-worker", "join", f"127.0.0.1:{relay.port}", "--data", data, "--seed-pool"),
+            *("lr-worker", "join", f"127.0.0.1:{relay.port}", "--insecure"),
+            *("--data", data, "--seed-pool"),
             *("--name", domain, "--model", self._model, "--threads", "1", "--device", "cpu"),
         ).start()
         stack.push_async_callback(worker.stop)
@@ -156,7 +157,8 @@ class Demo:
         data = str(self._folder / "test.csv")
         evaluator = await self._process(
             "evaluator",
-            *("lr-worker", "evaluate", address, "--data", data, "--follow", "--every", "10"),
+            *("lr-worker", "evaluate", address, "--insecure"),
+            *("--data", data, "--follow", "--every", "10"),
             *("--name", "held-out", "--model", self._model, "--threads", "1", "--device", "cpu"),
         ).start()
         stack.push_async_callback(evaluator.stop)

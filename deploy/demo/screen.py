@@ -19,8 +19,8 @@ from lorand.v1 import status_pb2 as status
 LINE_EVERY_S: Final = 10.0
 PICTURE_WIDTH: Final = 100
 NEXT: Final = """With your own data (a hub has the model as sentence-transformers/all-MiniLM-L6-v2):
-  lr-coordinator init && lr-worker prepare run.toml && lr-coordinator serve run.toml
-  lr-worker join 127.0.0.1:7700 --data reviews.csv --seed-pool"""
+  lr-coordinator init && lr-worker prepare run.toml && lr-coordinator serve run.toml --insecure
+  lr-worker join 127.0.0.1:7700 --insecure --data reviews.csv --seed-pool"""
 TITLES: Final = {
     "zeroth-order": "Zeroth-order: two forward passes a scalar, one byte a scalar",
     "first-order": "First-order: one backward pass, 32,768 one-byte scalars",

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections import deque
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,16 +17,27 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.live import Live
 
-from lorand import ledger, runfile, transport
+from lorand import credentials, ledger, runfile
 from lorand.config import RunConfig, load
+from lorand.credentials import Credentials
 from lorand.errors import ConfigError, ConnectionLost, LedgerError, LorandError
 from lorand.manifest import Identity
 from lorand.privacy import plan
 from lorand.privacy.roster import Roster
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
-from lorand_coordinator import diagnostics, history, payoff, presets, refinement, show
+from lorand_coordinator import (
+    diagnostics,
+    history,
+    identity_cli,
+    payoff,
+    presets,
+    refinement,
+    show,
+)
 from lorand_coordinator.hub import Hub
+from lorand_coordinator.identity.admission import Admission
+from lorand_coordinator.identity_cli import CredentialsFile, HostNames, IdentityFolder, Insecure
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.service import serve as serve_hub
 from lorand_coordinator.store import SqliteStore
@@ -42,6 +54,13 @@ app = typer.Typer(
 )
 ledger_app = typer.Typer(help="Read a ledger file.", no_args_is_help=True)
 app.add_typer(ledger_app, name="ledger")
+for command in (
+    identity_cli.invite,
+    identity_cli.members,
+    identity_cli.revoke,
+    identity_cli.rotate,
+):
+    app.command()(command)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Address = Annotated[str, typer.Argument(help="HOST:PORT of a running coordinator.")]
@@ -82,6 +101,9 @@ def serve(
         Path | None,
         typer.Option(help="Secure sums: the members' roster; default: roster.json by the run."),
     ] = None,
+    identity_dir: IdentityFolder = None,
+    host_name: HostNames = None,
+    insecure: Insecure = False,
     json_output: Json = False,
 ) -> None:
     """Serve a run until interrupted. Started again, it goes on where the ledger ends."""
@@ -89,6 +111,7 @@ def serve(
     if address:
         service = config.service.model_copy(update={"address": address})
         config = config.model_copy(update={"service": service})
+    identity_cli.check_addresses(config, insecure)
     lock = run.with_name("run.lock")
     identity = None
     if lock.exists():
@@ -117,11 +140,14 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     summing = _summing(config, roster or run.with_name("roster.json"))
     path = ledger_path or Path(config.service.ledger or run.with_name(f"{config.run.name}.ledger"))
-    store = SqliteStore(path)
-    try:
-        asyncio.run(_serve(Sequencer(config, store, identity, summing), json_output))
-    finally:
-        store.close()
+    with ExitStack() as stack:
+        store = SqliteStore(path)
+        stack.callback(store.close)
+        admission = None
+        if not insecure:
+            admission = identity_cli.admission(config, run, identity_dir, host_name or [])
+            stack.callback(admission.close)
+        asyncio.run(_serve(Sequencer(config, store, identity, summing), admission, json_output))
 
 
 def _summing(config: RunConfig, roster: Path) -> Summing | None:
@@ -140,24 +166,32 @@ def _summing(config: RunConfig, roster: Path) -> Summing | None:
     return SecureSum(config, members, multiplier)
 
 
-async def _serve(sequencer: Sequencer, json_output: bool) -> None:
+async def _serve(sequencer: Sequencer, admission: Admission | None, json_output: bool) -> None:
     config = sequencer.config
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
 
-    def ready(bound: str) -> None:
+    def ready(bound: str, enrolment: str) -> None:
         if json_output:
-            out(json.dumps({"event": "listening", "address": bound, "run": config.run.name}))
+            where = {"address": bound, "enrolment": enrolment}
+            out(json.dumps({"event": "listening", **where, "run": config.run.name}))
         else:
             out(
                 f"run {config.run.name!r}: {sequencer.engine.committed} of {config.run.rounds} "
                 f"rounds committed, {len(sequencer.store)} entries; listening on {bound}"
+                + (f"; members enrol at {enrolment}" if enrolment else ", for this machine alone")
             )
         sys.stdout.flush()
 
-    await serve_hub(Hub(sequencer), on_ready=ready, until=stop)
+    await serve_hub(
+        Hub(sequencer),
+        on_ready=ready,
+        until=stop,
+        admission=admission,
+        enrol_at=identity_cli.enrolment_address(config),
+    )
     logging.getLogger("lorand.coordinator").info("stopped; the ledger is whole")
 
 
@@ -165,16 +199,19 @@ async def _serve(sequencer: Sequencer, json_output: bool) -> None:
 def status_command(
     address: Address = "127.0.0.1:7700",
     watch: Annotated[bool, typer.Option(help="Refresh until interrupted.")] = False,
+    credentials_file: CredentialsFile = None,
+    insecure: Insecure = False,
     json_output: Json = False,
 ) -> None:
     """Show a running coordinator: phase and why, rounds, workers, evaluations."""
+    shown = credentials.find(address, credentials_file, insecure)
     if watch and not json_output:
         with Live(console=Console(), refresh_per_second=4) as live:
             while True:
-                live.update(show.panel(_status(address)))
+                live.update(show.panel(_status(address, shown)))
                 time.sleep(1)
     while True:
-        answer = _status(address)
+        answer = _status(address, shown)
         if json_output:
             out(json.dumps(show.as_dict(answer)))
         else:
@@ -184,8 +221,8 @@ def status_command(
         time.sleep(1)
 
 
-def _status(address: str) -> status.GetStatusResponse:
-    with grpc.insecure_channel(address, transport.channel_options()) as channel:
+def _status(address: str, shown: Credentials | None) -> status.GetStatusResponse:
+    with credentials.channel(address, shown) as channel:
         stub = status_service.StatusServiceStub(channel)
         try:
             return stub.GetStatus(status.GetStatusRequest(), timeout=TIMEOUT_S)
@@ -196,15 +233,21 @@ def _status(address: str) -> status.GetStatusResponse:
 def _not_reached(address: str, error: grpc.RpcError) -> ConnectionLost:
     detail = error.details() if isinstance(error, grpc.Call) else str(error)
     return ConnectionLost(
-        f"no coordinator answers at {address} ({detail}); check the address and that "
-        "`lr-coordinator serve` runs"
+        f"no coordinator answers at {address} ({detail}); check the address, that "
+        "`lr-coordinator serve` runs, and whether both sides or neither have --insecure"
     )
 
 
 @app.command()
-def health(address: Address = "127.0.0.1:7700", json_output: Json = False) -> None:
+def health(
+    address: Address = "127.0.0.1:7700",
+    credentials_file: CredentialsFile = None,
+    insecure: Insecure = False,
+    json_output: Json = False,
+) -> None:
     """Exit 0 when the coordinator serves, 7 when it does not (gRPC health protocol)."""
-    with grpc.insecure_channel(address, transport.channel_options()) as channel:
+    shown = credentials.find(address, credentials_file, insecure)
+    with credentials.channel(address, shown) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)

@@ -4,15 +4,20 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from lorand.config import RunConfig
 from lorand.errors import LorandError
+from lorand.transport import BATCH, CHUNK_BYTES
 from lorand.v1 import coordination_pb2 as wire
 from lorand_coordinator.sequencer import Message, Outgoing, Sequencer
 
 TICK_S: Final = 0.1
+BATCH_FROM: Final = 32
+"""Connections from which messages that wait together are sent together. With fewer, the few bytes
+around them count for more than the calls."""
+BATCH_MESSAGES: Final = 64
 
 log = logging.getLogger("lorand.coordinator")
 
@@ -33,7 +38,10 @@ class Connection:
     session: int
     outbox: asyncio.Queue[Message | None]
     last_seen: float
+    batches: bool = False
     closing: str = ""
+    held: list[Message] = field(default_factory=list)
+    """What can wait for the next message that cannot."""
 
 
 @dataclass
@@ -47,8 +55,14 @@ class Traffic:
 class Hub:
     """Connections, and the only place that talks to the sequencer."""
 
-    def __init__(self, sequencer: Sequencer, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        sequencer: Sequencer,
+        clock: Callable[[], float] = time.monotonic,
+        batch_from: int = BATCH_FROM,
+    ) -> None:
         """`clock` is monotonic seconds; wall clocks are never compared."""
+        self._batch_from = batch_from
         self.sequencer = sequencer
         self.config: RunConfig = sequencer.config
         self.clock = clock
@@ -85,7 +99,8 @@ class Hub:
         service = self.config.service
         # Room for the tail beside the bound on what may pile up later.
         outbox: asyncio.Queue[Message | None] = asyncio.Queue(service.outbox_messages + missing + 2)
-        connection = Connection(number, hello.session, outbox, self.clock())
+        batches = BATCH in hello.features
+        connection = Connection(number, hello.session, outbox, self.clock(), batches)
         self.connections[number] = connection
         welcome = wire.Welcome(
             worker=number,
@@ -120,8 +135,20 @@ class Hub:
             connection = self.connections.get(item.worker)
             if connection is None or connection.closing:
                 continue
+            if item.can_wait and self._batches(connection):
+                connection.held.append(item.message)
+                if len(connection.held) < BATCH_MESSAGES:
+                    continue
+                messages = []
+            else:
+                messages = [item.message]
+            if connection.held:
+                # When a thousand workers join, each hears of all others, but not one by one.
+                messages = [Message(batch=wire.Batch(messages=connection.held)), *messages]
+                connection.held = []
             try:
-                connection.outbox.put_nowait(item.message)
+                for message in messages:
+                    connection.outbox.put_nowait(message)
             except asyncio.QueueFull:
                 slow.append(connection)
         if outgoing:
@@ -130,6 +157,29 @@ class Hub:
         for connection in slow:
             self.drop(connection, "it does not read its messages")
         self._log_reason()
+
+    def together(self, connection: Connection, first: Message) -> Message:
+        """Return a message of a connection's outbox, with those behind it where that saves calls.
+
+        A call costs more than a message.
+        """
+        waiting = connection.outbox
+        if waiting.empty() or not self._batches(connection):
+            return first
+        messages, size = list(first.batch.messages or (first,)), first.ByteSize()
+        while not waiting.empty() and len(messages) < BATCH_MESSAGES:
+            message = waiting.get_nowait()
+            if message is None:
+                waiting.put_nowait(None)
+                break
+            messages += message.batch.messages or (message,)
+            size += message.ByteSize()
+            if size > CHUNK_BYTES:
+                break
+        return Message(batch=wire.Batch(messages=messages))
+
+    def _batches(self, connection: Connection) -> bool:
+        return connection.batches and len(self.connections) >= self._batch_from
 
     def take(self, connection: Connection, request: wire.ParticipateRequest) -> None:
         """Handle a message of a connected worker."""

@@ -133,7 +133,7 @@ def _step(config: RunConfig, state: State, estimate: Estimate) -> tuple[State, F
         return _adam(config, state, estimate, rate)
     at, values = estimate.indices, estimate.values
     first = state.first.copy()
-    first[at] = settings.momentum * first[at] + values
+    first[at] = _momentum(config, state) * first[at] + values
     moved = replace(_spread_after(config, state, values), first=first)
     if not settings.normalise:
         return moved, -rate / (1 if estimate.walked else estimate.measured) * first[at]
@@ -141,6 +141,17 @@ def _step(config: RunConfig, state: State, estimate: Estimate) -> tuple[State, F
         return moved, np.zeros_like(values)
     typical = np.sqrt(moved.spread / moved.spread_weight)
     return moved, -rate / np.sqrt(estimate.measured) * first[at] / typical
+
+
+def _momentum(config: RunConfig, state: State) -> float:
+    """Return the share of what was gathered that a round keeps.
+
+    With DIFF2 all of it, to which a round adds what the gradient changed by; none at a restart,
+    which brings the gradient itself (`lorand.privacy.diff2.accumulated`).
+    """
+    if not config.privacy.differences:
+        return config.optimizer.momentum
+    return 0.0 if config.privacy.restarts(state.committed) else 1.0
 
 
 def _spread_after(config: RunConfig, state: State, values: Floats) -> State:

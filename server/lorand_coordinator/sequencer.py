@@ -50,6 +50,8 @@ class Outgoing:
 
     worker: int
     message: Message
+    can_wait: bool = False
+    """Whether nothing is lost when it comes with the next message that cannot wait."""
 
 
 @dataclass
@@ -181,11 +183,8 @@ class Sequencer:
 
         Workers who answered would repeat their answers to what is no longer asked.
         """
-        if (
-            self._settings.all_or_nothing
-            and self.tally.accounts
-            and self.engine.phase != "finished"
-        ):
+        lost = self._settings.all_or_nothing and self.tally.accounts
+        if lost and self.engine.phase != "finished":
             abandon = pb.Abandon(reason="the coordinator was started again")
             entry = pb.Entry(round_index=self.engine.round_index, abandon=abandon)
             self._append(entry)
@@ -470,7 +469,9 @@ class Sequencer:
             self.tally.accounts[entry.member.worker] = Account(entry.member.name)
         if entry.HasField("evaluation"):
             self._keep_evaluation(entry.evaluation)
-        return [Outgoing(worker, Message(entry=body)) for worker in sorted(self.engine.members)]
+        can_wait = entry.HasField("member") or entry.HasField("evaluation")
+        message = Message(entry=body)
+        return [Outgoing(worker, message, can_wait) for worker in sorted(self.engine.members)]
 
     def _keep_evaluation(self, evaluation: pb.Evaluation) -> None:
         self.tally.evaluations = [*self.tally.evaluations, evaluation][-EVALUATIONS_KEPT:]

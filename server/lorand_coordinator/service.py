@@ -14,11 +14,14 @@ from lorand.errors import ConfigError, HandshakeError, LorandError
 from lorand.ledger import coefficients_digest
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import coordination_pb2_grpc as coordination
+from lorand.v1 import enrolment_pb2_grpc as enrolment_service
 from lorand.v1 import ledger_pb2 as pb
 from lorand.v1 import ledger_pb2_grpc as ledger_service
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
 from lorand_coordinator.hub import CatchUpFirst, Connection, Hub, NameInUse, log
+from lorand_coordinator.identity import access, enrolment
+from lorand_coordinator.identity.admission import Admission
 from lorand_coordinator.sequencer import Message
 from lorand_coordinator.store import StoreUnavailable
 
@@ -60,7 +63,8 @@ class Coordination(coordination.CoordinationServiceServicer):
         reader = asyncio.create_task(self._read(connection, request_iterator))
         traffic = self._hub.count(connection.worker)
         try:
-            while (message := await connection.outbox.get()) is not None:
+            while (first := await connection.outbox.get()) is not None:
+                message = self._hub.together(connection, first)
                 traffic.sent += message.ByteSize()
                 yield message
             yield Message(refusal=wire.Refusal(reason=connection.closing, retry=True))
@@ -77,6 +81,7 @@ class Coordination(coordination.CoordinationServiceServicer):
             raise HandshakeError("the first message of a stream must be Hello")
         if self._hub.draining:
             raise CatchUpFirst("the coordinator is shutting down")
+        first.hello.name = access.named(first.hello.name)
         connection = self._hub.join(first.hello)
         self._hub.count(connection.worker).received += first.ByteSize()
         return connection
@@ -106,6 +111,12 @@ class Ledger(ledger_service.LedgerServiceServicer):
         self, request: pb.ReadEntriesRequest, context: Context
     ) -> AsyncIterator[pb.ReadEntriesResponse]:
         """See ledger.proto."""
+        if request.with_contributions and not access.may_audit():
+            await context.abort(
+                grpc.StatusCode.PERMISSION_DENIED,
+                "single contributions tell more of a worker's data than the run does: they are for "
+                "operators alone",
+            )
         store = self._hub.sequencer.store
         at = request.from_sequence
         while True:
@@ -166,8 +177,10 @@ class Ledger(ledger_service.LedgerServiceServicer):
         self, request: pb.PostEvaluationRequest, context: Context
     ) -> pb.PostEvaluationResponse:
         """See ledger.proto."""
+        evaluation = request.evaluation
         try:
-            outgoing = self._hub.sequencer.post_evaluation(request.evaluation, request.run_digest)
+            evaluation.evaluator = access.named(evaluation.evaluator)
+            outgoing = self._hub.sequencer.post_evaluation(evaluation, request.run_digest)
         except StoreUnavailable as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except HandshakeError as error:
@@ -226,44 +239,77 @@ class Status(status_service.StatusServiceServicer):
         return answer
 
 
-async def serve(hub: Hub, *, on_ready: Callable[[str], None], until: asyncio.Event) -> None:
+async def serve(
+    hub: Hub,
+    *,
+    on_ready: Callable[[str, str], None],
+    until: asyncio.Event,
+    admission: Admission | None = None,
+    enrol_at: str = "",
+) -> None:
     """Serve until the event is set, then drain: no new work, streams end, nothing is lost.
 
-    Raises ConfigError when the address cannot be bound.
+    With an `admission`, members alone are served, over TLS, and may enrol at HOST:PORT `enrol_at`;
+    `on_ready` gets both addresses. Without one, anybody is. Raises ConfigError when an address
+    cannot be bound.
     """
-    server = grpc.aio.server(options=transport.server_options(hub.config))
+    admits = None if admission is None else admission.access()
+    server = grpc.aio.server(
+        interceptors=[] if admits is None else [admits],
+        options=transport.server_options(hub.config),
+    )
     coordination.add_CoordinationServiceServicer_to_server(Coordination(hub), server)
     ledger_service.add_LedgerServiceServicer_to_server(Ledger(hub), server)
     status_service.add_StatusServiceServicer_to_server(Status(hub), server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     address = hub.config.service.address
+    servers, watches, enrolled_at = [server], [hub.tick()], ""
+    if admission is None or admits is None:
+        port = _bind(server, address)
+    else:
+        port = _bind(server, address, admission.server_credentials(ask=True))
+        enrolment_service.add_EnrolmentServiceServicer_to_server(admission.service(), server)
+        servers.append(enrolment.server(admission.service()))
+        enrolment_port = _bind(servers[1], enrol_at, admission.server_credentials(ask=False))
+        enrolled_at = admission.note_served(port, enrolment_port)
+        watches.append(admits.watch())
+    for each in servers:
+        await each.start()
+    await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+    tasks = [asyncio.create_task(watch) for watch in watches]
+    on_ready(transport.join(transport.split(address)[0], port), enrolled_at)
     try:
-        port = server.add_insecure_port(address)
+        await _first_of(tasks, until.wait())
+    finally:
+        hub.draining = True
+        for task in tasks:
+            task.cancel()
+        await healthy.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        for connection in list(hub.connections.values()):
+            hub.drop(connection, "the coordinator is shutting down")
+        await asyncio.gather(*(each.stop(hub.config.service.drain_s) for each in servers))
+
+
+def _bind(
+    server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None = None
+) -> int:
+    """Bind a server to HOST:PORT and return the port. Raises ConfigError."""
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
     except RuntimeError as error:
         raise ConfigError(
             f"cannot listen on {address}: the port is in use or the address is not this machine's; "
             "set service.address"
         ) from error
-    await server.start()
-    await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
-    ticker = asyncio.create_task(hub.tick())
-    on_ready(f"{address.rsplit(':', 1)[0]}:{port}")
-    try:
-        await _first_of(ticker, until.wait())
-    finally:
-        hub.draining = True
-        ticker.cancel()
-        await healthy.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-        for connection in list(hub.connections.values()):
-            hub.drop(connection, "the coordinator is shutting down")
-        await server.stop(hub.config.service.drain_s)
 
 
-async def _first_of(ticker: asyncio.Task[None], wait: Coroutine[Any, Any, bool]) -> None:
-    """Return when asked to stop; a ticker that failed ends the service with its error."""
+async def _first_of(tasks: list[asyncio.Task[None]], wait: Coroutine[Any, Any, bool]) -> None:
+    """Return when asked to stop; a task that failed ends the service with its error."""
     waiting = asyncio.create_task(wait)
-    done, _ = await asyncio.wait({ticker, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    done, _ = await asyncio.wait({*tasks, waiting}, return_when=asyncio.FIRST_COMPLETED)
     waiting.cancel()
-    if ticker in done:
-        ticker.result()
+    for task in done - {waiting}:
+        task.result()

@@ -49,7 +49,7 @@ class Crashes:
     def _start(self, starter: Starter, program: str, *arguments: object) -> Command:
         self._started += 1
         log = self.room.folder / f"{self._started:03}-{program}.log"
-        command = starter(self.room.folder, log, program, *arguments)
+        command = starter(self.room.folder, log, program, *self.room.flagged(*arguments))
         return self._stack.enter_context(command)
 
     def _serve(self) -> Command:

@@ -89,6 +89,34 @@ def test_a_private_run_and_what_it_spends(make_room: MakeRoom) -> None:
     assert budget.accounts(room.state) == accounts
 
 
+@pytest.mark.slow
+def test_a_run_that_releases_differences(make_room: MakeRoom) -> None:
+    """DIFF2, experimental: of whole data, with restarts after three rounds and six."""
+    content = settings(
+        "backprop",
+        target_epsilon=3.0,
+        sample_rate=1.0,
+        estimator="diff2",
+        restart_every=3,
+    )
+    content["codec"] = {"up": "int32", "down": "int32"}
+    content["optimizer"] = {"learning_rate": 0.01, "normalise": False}
+    room = make_room(content).lock()
+    results = taken_part(room, "--max-epsilon", "3")
+    replayed = room.once("lr-worker", "replay", room.export(), "--model", room.model)
+    assert {result["weights_digest"] for result in results} == {replayed["weights_digest"]}
+    accounts = budget.accounts(room.state)
+    assert [(a.charged, a.left) for a in accounts] == [(ROUNDS, 0)] * 3
+    assert [(a.restarts.charged if a.restarts else 0) for a in accounts] == [2] * 3
+    planned = room.once("lr-worker", "privacy", room.run)
+    assert (planned["releases"], planned["releases_of_restarts"]) == (ROUNDS, 2)
+    said = room.once("lr-worker", "privacy", "--state", room.state)
+    spent = [run["epsilon_spent"] for run in said["runs"]]
+    assert spent == pytest.approx([planned["epsilon"]] * 3)
+    sent = contributions(room.ledger)
+    assert {f.name for part in sent for f, _ in part.ListFields()} == {"round_index", "codes"}
+
+
 def test_pure_epsilon_and_its_refusals(make_room: MakeRoom) -> None:
     """Of first-order sketches, one an example, in one bit; Laplace noise has a closed form."""
     laplace = {"mechanism": "laplace", "delta": 0.0, "target_epsilon": 2.0}

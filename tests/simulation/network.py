@@ -139,7 +139,7 @@ class Stream:
                 self.send_down(refusal(connection.closing, retry=True))
                 self.open_there = False
                 return
-            self.send_down(message)
+            self.send_down(self.hub.together(connection, message))
 
     def send_down(self, message: wire.ParticipateResponse) -> None:
         """Send to the worker."""
@@ -150,7 +150,11 @@ class Stream:
 
     def _reach(self, data: bytes) -> None:
         if self.open_here and not self.lost:
-            self.inbox.append(wire.ParticipateResponse.FromString(data))
+            message = wire.ParticipateResponse.FromString(data)
+            self.world.faults["batches"] += message.HasField("batch")
+            # It leaves the window once: with its last message.
+            self._on_the_way += max(0, len(message.batch.messages) - 1)
+            self.inbox.extend(message.batch.messages or (message,))
             self.worker.work()
 
     def read(self) -> wire.ParticipateResponse:

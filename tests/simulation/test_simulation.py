@@ -31,7 +31,7 @@ SEEDS: Final = int(os.environ.get("LORAND_SIM_SEEDS", "200"))
 HERE: Final = "tests/simulation/test_simulation.py::test_a_run_survives_its_faults"
 
 
-OF_THE_NETWORK: Final = ["late on another connection", "stale answer", "loss is nan"]
+OF_THE_NETWORK: Final = ["batches", "late on another connection", "stale answer", "loss is nan"]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """What releases cost (notes/privacy.md §1.3), and the ways to count them wrongly."""
 
 import builtins
+from math import log
 from typing import Any
 
 import dp_accounting
@@ -40,6 +41,34 @@ def test_golden_values(
     release = gaussian(rate, multiplier)
     assert epsilon(release, times, DELTA) == pytest.approx(by_pld, abs=1e-3)
     assert epsilon(release, times, DELTA, "rdp") == pytest.approx(by_rdp, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_without_sampling_the_same_noise_costs_hundreds() -> None:
+    """What a rate of a hundredth brings down to 1.83."""
+    assert epsilon(gaussian(1.0, 1.0), 1000, DELTA) == pytest.approx(633.93, abs=1e-2)
+    assert epsilon(gaussian(1.0, 1.0), 1000, DELTA, "rdp") == pytest.approx(654.86, abs=1e-2)
+
+
+@pytest.mark.slow
+def test_discrete_noise_on_one_number_costs_what_continuous_noise_does() -> None:
+    """T9: on a grid of 50 steps a clip bound it is 1.8801 for 1.8282; ours has 2^30 steps."""
+    once = pld.privacy_loss_distribution.from_discrete_gaussian_mechanism(
+        50, sensitivity=50, sampling_prob=0.01
+    )
+    spent = once.self_compose(1000).get_epsilon_for_delta(DELTA)
+    assert spent == pytest.approx(1.8801, abs=1e-3)
+    assert epsilon(gaussian(0.01, 1.0), 1000, DELTA) == pytest.approx(spent, rel=0.03)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, 1.0986), (0.2, 2.1972)])
+def test_a_sign_that_is_flipped_by_chance_costs_in_each_round(
+    share: float, expected: float
+) -> None:
+    """T6: why a sign is that of a noisy sum here: ln((1 − p/2) / (p/2)), whatever the batch is."""
+    assert log((1 - share / 2) / (share / 2)) == pytest.approx(expected, abs=1e-4)
+    once = pld.privacy_loss_distribution.from_randomized_response(share, 2)
+    assert once.get_epsilon_for_delta(0) == pytest.approx(expected, abs=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -112,10 +141,28 @@ def test_adjacency_is_to_add_or_to_remove_one() -> None:
     event = dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(10.0), 100)
     doubled = pld.PLDAccountant(replace).compose(event).get_epsilon(DELTA)
     not_doubled = rdp.RdpAccountant(neighboring_relation=replace).compose(event)
-    assert doubled == pytest.approx(9.997, abs=1e-2)
+    assert doubled == pytest.approx(9.997256, abs=1e-4)
     assert not_doubled.get_epsilon(DELTA) == pytest.approx(4.7285, abs=1e-3)
     ours = epsilon(gaussian(1.0, 10.0), 100, DELTA)
     assert ours == pytest.approx(4.377, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("rate", "multiplier", "times", "expected"),
+    [(0.01, 1.0, 1000, 2.843446), (0.01, 1.0, 10000, 10.880807), (0.05, 2.0, 500, 4.980757)],
+)
+@pytest.mark.slow
+def test_replacing_one_costs_more_and_only_one_accountant_says_so(
+    rate: float, multiplier: float, times: int, expected: float
+) -> None:
+    """T1, with sampling: RDP refuses; so nothing here is promised of replaced examples."""
+    replace = dp_accounting.NeighboringRelation.REPLACE_ONE
+    sampled = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(multiplier))
+    event = dp_accounting.SelfComposedDpEvent(sampled, times)
+    spent = pld.PLDAccountant(replace).compose(event).get_epsilon(DELTA)
+    assert spent == pytest.approx(expected, abs=1e-4)
+    with pytest.raises(dp_accounting.UnsupportedEventError):
+        rdp.RdpAccountant(neighboring_relation=replace).compose(event)
 
 
 def test_scalars_of_one_batch_are_one_sampled_event() -> None:

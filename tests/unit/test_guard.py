@@ -1,5 +1,6 @@
 """The worker's own limits, and what its owner is told."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -113,6 +114,36 @@ def test_the_owner_is_told_of_local_steps() -> None:
     assert "the mean loss of the batches." in text
     epoch = config_of(estimator={"kind": "backprop"}, local={"epochs": 1})
     assert "where 1 epoch on the data here led" in " ".join(guard.disclosure(epoch))
+
+
+def of_size(count: int) -> Manifest:
+    return Manifest((TensorSpec("w", (count,), "float32"),))
+
+
+def test_the_owner_is_warned_where_scalars_can_be_solved() -> None:
+    """Three scalars a round, four rounds; 64 of the whole pool by a backward pass."""
+    for trained, words in [
+        (3, "solved for the 3 numbers that this run trains: each round tells"),
+        (4, r"all 4 rounds together send 12 scalars, at least as many as the 4 numbers"),
+        (12, "measured again and again they can tell the gradient; join runs with"),
+    ]:
+        (warning,) = set(guard.disclosure(CONFIG, of_size(trained))) - set(guard.disclosure(CONFIG))
+        assert re.search(words, warning)
+        assert warning.startswith("Warning: ")
+    assert guard.disclosure(CONFIG, of_size(13)) == guard.disclosure(CONFIG)
+    whole = config_of(estimator={"kind": "backprop"})
+    assert "solved for the 64 numbers" in guard.disclosure(whole, of_size(64))[-1]
+    assert "all 4 rounds together send 256 scalars" in guard.disclosure(whole, of_size(65))[-1]
+
+
+def test_in_a_subspace_its_coordinates_count() -> None:
+    """A matrix of 10 × 4 in one of its columns has 10."""
+    manifest = Manifest((TensorSpec("w", (10, 4), "float32", rank=1),))
+    assert "at least as many as the 10 numbers" in guard.disclosure(CONFIG, manifest)[-1]
+
+
+def test_noise_is_not_warned_of() -> None:
+    assert guard.disclosure(PRIVATE, of_size(1)) == guard.disclosure(PRIVATE)
 
 
 # ------------------------------------------------------------- privacy

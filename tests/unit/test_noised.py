@@ -86,16 +86,17 @@ def test_a_private_bench_releases_the_noisy_mean_and_no_loss(
 ) -> None:
     config = private(kind)
     bench = bench_of(config, tiny_model, EXACT)
-    assert bench._noised is not None
+    assert isinstance(bench._noised, Noised)
     batch = PoissonSampler(12, 0.5, source=random.Random(3).randbytes).batch()
     assert 0 < len(batch) < 12
     vectors = bench._noised.estimator.each(alone(bench._task.losses), batch, DIRECTIONS)
-    measured = EXACT.mean(bench.release(DIRECTIONS))
+    measured = bench.measure(Order(DIRECTIONS))
+    assert measured.loss is None
     noise = 1000.0 * 0.01 / 4
-    assert np.abs(measured - vectors.sum(axis=0) / 4).max() < 6 * noise
+    assert np.abs(measured.values - vectors.sum(axis=0) / 4).max() < 6 * noise
     assert (
-        measured.tolist()
-        != EXACT.mean(bench_of(config, tiny_model, EXACT).release(DIRECTIONS)).tolist()
+        measured.values.tolist()
+        != bench_of(config, tiny_model, EXACT).measure(Order(DIRECTIONS)).values.tolist()
     ), "the same sample has other noise"
 
 
@@ -180,9 +181,10 @@ def test_whatever_the_losses_are_a_release_comes() -> None:
     rows[2] = 1e38
     made = Linear(rows)
     for batch in ([1], [1, 2], []):
-        steps = made.noised(batch).release(made.losses, DIRECTIONS)
-        assert steps.shape == (3,)
-        assert steps.dtype == np.int64
+        measured = made.noised(batch).measure(made.losses, Order(DIRECTIONS))
+        assert measured.values.shape == (3,)
+        assert np.isfinite(measured.values).all()
+        assert measured.loss is None
     clipped = Mechanism("gaussian", 1.0, 1.0, 1).clipped(
         made.estimator.each(alone(made.losses), [0, 1, 3], DIRECTIONS)
     )

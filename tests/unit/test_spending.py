@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from lorand import ledger
 from lorand.config import RunConfig
 from lorand.errors import ConfigError, HandshakeError
+from lorand.privacy.mechanism import Mechanism
 from lorand.v1 import ledger_pb2 as pb
 from lorand_worker import cli
 from lorand_worker.budget import Budget
@@ -71,6 +72,7 @@ def test_the_owner_is_told_the_noise(tmp_path: Path) -> None:
     assert f"noise multiplier {multiplier:.4g}: laplace noise of scale" in said[-1]
     assert f"scale {multiplier * 3.0 / 16:.3g} on each scalar, for 4 releases" in said[-1]
     mechanism = budget.mechanism(private("first"))
+    assert isinstance(mechanism, Mechanism)
     assert (mechanism.multiplier, mechanism.divisor, mechanism.clip_bound) == (multiplier, 16, 3.0)
 
 

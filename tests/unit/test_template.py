@@ -69,15 +69,16 @@ def test_init_keeps_an_existing_file(tmp_path: Path) -> None:
     assert target.read_text(encoding="utf-8") == "mine"
 
 
-def test_readme_names_only_commands_and_files_that_exist() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/operations.md", "docs/security.md"])
+def test_pages_name_only_commands_and_files_that_exist(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
     known = {
         "lr-coordinator": {c.name or "" for c in coordinator.app.registered_commands}
         | {c.callback.__name__ for c in coordinator.app.registered_commands if c.callback}
         | {"ledger"},
         "lr-worker": {c.callback.__name__ for c in worker.app.registered_commands if c.callback},
     }
-    for program, command in re.findall(r"(lr-coordinator|lr-worker) ([a-z]+)", readme):
+    for program, command in re.findall(r"(lr-coordinator|lr-worker) ([a-z]+)", text):
         assert command in known[program], f"{program} {command}"
-    for target in re.findall(r"\]\(([\w./-]+)\)", readme):
-        assert (ROOT / target).exists(), target
+    for target in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), target

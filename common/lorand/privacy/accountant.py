@@ -9,8 +9,8 @@ an example once shows it to all scalars at once, and K independently sampled eve
 smaller epsilon than holds.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from math import expm1, inf, isfinite, log1p, sqrt
 from types import ModuleType
@@ -47,6 +47,10 @@ class Release:
     examples: int = 0
 
 
+Part = tuple[Release, int]
+"""A release and how often it is made."""
+
+
 def per_scalar(multiplier: float, scalars: int) -> float:
     """Return the multiplier of one vector that is as noisy as scalars clipped each by itself.
 
@@ -64,14 +68,26 @@ def epsilon(release: Release, times: int, delta: float, accountant: Accountant =
     Laplace noise has delta 0 and the closed form of `laplace_epsilon`. Raises ConfigError where
     dp-accounting is not installed, and for what it cannot account for.
     """
-    if times == 0:
+    return epsilon_together([(release, times)], delta, accountant)
+
+
+def epsilon_together(parts: Sequence[Part], delta: float, accountant: Accountant = "pld") -> float:
+    """Return epsilon, at delta, of releases of several kinds, all of one kind of noise.
+
+    It bounds any order, also one that somebody chooses by what was released, as long as no kind
+    comes more often than here. By induction on how many are left: whichever kind is next, what
+    follows is dominated by the product of the rest, and products commute; ending early is
+    post-processing. Raises as `epsilon` does.
+    """
+    parts = [(release, times) for release, times in parts if times]
+    if not parts:
         return 0.0
-    if release.noise == "laplace":
-        return laplace_epsilon(release.multiplier, release.rate, times)
+    if parts[0][0].noise == "laplace":
+        assert all(release.noise == "laplace" for release, _ in parts)
+        return sum(laplace_epsilon(part.multiplier, part.rate, times) for part, times in parts)
     dpa, pld, rdp = _library()
     counter: Any = pld.PLDAccountant() if accountant == "pld" else rdp.RdpAccountant()
-    counter.compose(dpa.SelfComposedDpEvent(_event(dpa, release), times))
-    return float(counter.get_epsilon(delta))
+    return float(counter.compose(_events(dpa, parts)).get_epsilon(delta))
 
 
 def laplace_epsilon(multiplier: float, rate: float, times: int) -> float:
@@ -97,20 +113,34 @@ def calibrated(release: Release, times: int, target_epsilon: float, delta: float
     """
     if release.noise == "laplace":
         return _with(release, 1 / log1p(expm1(target_epsilon / times) / release.rate))
+    return calibrated_together([(_with(release, 1.0), times)], target_epsilon, delta)[0]
+
+
+def calibrated_together(
+    parts: Sequence[Part], target_epsilon: float, delta: float
+) -> list[Release]:
+    """Return the releases of the parts with their multipliers times one number, the smallest.
+
+    With Gaussian noise. So many of each keep to the target, as in `calibrated`, whose tolerance
+    holds for a multiplier of 1; raises as that does.
+    """
     dpa, pld, rdp = _library()
 
-    def beyond(accountant: Callable[[], Any], like: Release, multiplier: float) -> float:
-        event = dpa.SelfComposedDpEvent(_event(dpa, _with(like, multiplier)), times)
-        return float(accountant().compose(event).get_epsilon(delta)) - target_epsilon
+    def scaled(factor: float, plain: bool = False) -> list[Part]:
+        made = [(_with(release, factor * release.multiplier), n) for release, n in parts]
+        return [(replace(r, cap=0, examples=0), n) for r, n in made] if plain else made
+
+    def beyond(accountant: Callable[[], Any], plain: bool, factor: float) -> float:
+        spent = accountant().compose(_events(dpa, scaled(factor, plain))).get_epsilon(delta)
+        return float(spent) - target_epsilon
 
     # PLD costs seconds, most where noise is small. RDP, which asks for more noise, shows where to
     # look, and a coarse PLD, whose epsilon is no smaller than the fine one's, looks there first.
-    plain = Release("gaussian", 1.0, release.rate)
     coarse = partial(pld.PLDAccountant, value_discretization_interval=_COARSE)
-    near = _root(partial(beyond, lambda: rdp.RdpAccountant(_ORDERS), plain), 1.0, 2.0, 1e-2)
-    near = _root(partial(beyond, coarse, release), near, 1.15, 1e-2 * near)
-    fine = partial(beyond, pld.PLDAccountant, release)
-    return _with(release, _root(fine, near, 1.01, TOLERANCE / 2))
+    near = _root(partial(beyond, lambda: rdp.RdpAccountant(_ORDERS), True), 1.0, 2.0, 1e-2)
+    near = _root(partial(beyond, coarse, False), near, 1.15, 1e-2 * near)
+    found = _root(partial(beyond, pld.PLDAccountant, False), near, 1.01, TOLERANCE / 2)
+    return [release for release, _ in scaled(found)]
 
 
 def _root(beyond: Callable[[float], float], guess: float, step: float, tolerance: float) -> float:
@@ -144,7 +174,14 @@ def _with(release: Release, multiplier: float) -> Release:
         raise ConfigError(
             f"a noise multiplier of {multiplier:g} is of no use: raise privacy.target_epsilon"
         )
-    return Release(release.noise, multiplier, release.rate, release.cap, release.examples)
+    return replace(release, multiplier=multiplier)
+
+
+def _events(dpa: ModuleType, parts: Sequence[Part]) -> Any:
+    """Return all releases as one event."""
+    return dpa.ComposedDpEvent(
+        [dpa.SelfComposedDpEvent(_event(dpa, release), times) for release, times in parts]
+    )
 
 
 def _event(dpa: ModuleType, release: Release) -> Any:

@@ -5,7 +5,9 @@ from math import sqrt
 from typing import Final
 
 from lorand.config import RunConfig
+from lorand.privacy import diff2
 from lorand.privacy.accountant import Release, calibrated
+from lorand.privacy.diff2 import Plan, Rule
 from lorand.privacy.mechanism import GRID, LEAST_MULTIPLIER, Mechanism
 from lorand.privacy.shared_noise import local_noise
 
@@ -71,3 +73,25 @@ def largest_number(config: RunConfig, multiplier: float) -> int:
     members = config.rounds.quorum
     noise = local_noise(about, GRID, members=members, honest_min=section.honest_min)
     return noise.bound(largest)
+
+
+def planned_differences(config: RunConfig) -> Plan:
+    """Return both kinds of a DIFF2 run's releases, as `planned` returns the one of others."""
+    section = config.privacy
+    return diff2.planned(
+        config.run.rounds,
+        section.restart_every,
+        section.restart_share,
+        rate=section.sample_rate,
+        target_epsilon=section.target_epsilon,
+        delta=section.delta,
+        spare=section.spare_rounds,
+    )
+
+
+def rule(config: RunConfig, restart: float, increment: float) -> Rule:
+    """Return what releases the rounds of a DIFF2 run, with noise of these multipliers."""
+    section = config.privacy
+    return Rule(
+        section.clip_bound, section.slope_bound, restart, increment, config.estimator.batch_size
+    )

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from lorand.v1 import ledger_pb2 as lorand_dot_v1_dot_ledger__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clorand/v1/coordination.proto\x12\tlorand.v1\x1a\x16lorand/v1/ledger.proto\")\n\rGetRunRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"^\n\x0eGetRunResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\t\x12\x10\n\x08identity\x18\x03 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x04 \x03(\t\"\xbf\x01\n\x12ParticipateRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.lorand.v1.HelloH\x00\x12/\n\x0c\x63ontribution\x18\x02 \x01(\x0b\x32\x17.lorand.v1.ContributionH\x00\x12\x1f\n\x04skip\x18\x03 \x01(\x0b\x32\x0f.lorand.v1.SkipH\x00\x12)\n\theartbeat\x18\x04 \x01(\x0b\x32\x14.lorand.v1.HeartbeatH\x00\x42\t\n\x07message\"\xab\x02\n\x13ParticipateResponse\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x12.lorand.v1.WelcomeH\x00\x12%\n\x07refusal\x18\x02 \x01(\x0b\x32\x12.lorand.v1.RefusalH\x00\x12,\n\x0bround_start\x18\x03 \x01(\x0b\x32\x15.lorand.v1.RoundStartH\x00\x12\x0f\n\x05\x65ntry\x18\x04 \x01(\x0cH\x00\x12)\n\trejection\x18\x05 \x01(\x0b\x32\x14.lorand.v1.RejectionH\x00\x12)\n\theartbeat\x18\x06 \x01(\x0b\x32\x14.lorand.v1.HeartbeatH\x00\x12&\n\x08sum_keys\x18\x07 \x01(\x0b\x32\x12.lorand.v1.SumKeysH\x00\x42\t\n\x07message\"\x8e\x02\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nrun_digest\x18\x03 \x01(\x0c\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\x0c\x12\x18\n\x10tokenizer_digest\x18\x05 \x01(\x0c\x12\x17\n\x0fmanifest_digest\x18\x06 \x01(\x0c\x12\x10\n\x08manifest\x18\x07 \x01(\t\x12\x15\n\rnext_sequence\x18\x08 \x01(\x04\x12\x0c\n\x04head\x18\t \x01(\x0c\x12\x10\n\x08\x66\x65\x61tures\x18\n \x03(\t\x12\x0f\n\x07session\x18\x0b \x01(\x04\x12\x16\n\x0e\x63osines_digest\x18\x0c \x01(\x0c\x12\x0f\n\x07sum_key\x18\r \x01(\x0c\" \n\x07SumKeys\x12\x15\n\rannouncements\x18\x01 \x03(\x0c\"K\n\x07Welcome\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x13\n\x0bheartbeat_s\x18\x02 \x01(\x02\x12\x1b\n\x13heartbeat_timeout_s\x18\x03 \x01(\x02\"(\n\x07Refusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05retry\x18\x02 \x01(\x08\"v\n\nRoundStart\x12\x13\n\x0bround_index\x18\x01 \x01(\r\x12\x16\n\x0escale_exponent\x18\x02 \x01(\x11\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12\x12\n\ndirections\x18\x04 \x01(\r\x12\x13\n\x0bsum_attempt\x18\x05 \x01(\x0c\"0\n\tRejection\x12\x13\n\x0bround_index\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"+\n\x04Skip\x12\x13\n\x0bround_index\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0b\n\tHeartbeat2\xa6\x01\n\x13\x43oordinationService\x12=\n\x06GetRun\x12\x18.lorand.v1.GetRunRequest\x1a\x19.lorand.v1.GetRunResponse\x12P\n\x0bParticipate\x12\x1d.lorand.v1.ParticipateRequest\x1a\x1e.lorand.v1.ParticipateResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1clorand/v1/coordination.proto\x12\tlorand.v1\x1a\x16lorand/v1/ledger.proto\")\n\rGetRunRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"^\n\x0eGetRunResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06\x63onfig\x18\x02 \x01(\t\x12\x10\n\x08identity\x18\x03 \x01(\t\x12\x10\n\x08\x66\x65\x61tures\x18\x04 \x03(\t\"\xbf\x01\n\x12ParticipateRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x10.lorand.v1.HelloH\x00\x12/\n\x0c\x63ontribution\x18\x02 \x01(\x0b\x32\x17.lorand.v1.ContributionH\x00\x12\x1f\n\x04skip\x18\x03 \x01(\x0b\x32\x0f.lorand.v1.SkipH\x00\x12)\n\theartbeat\x18\x04 \x01(\x0b\x32\x14.lorand.v1.HeartbeatH\x00\x42\t\n\x07message\"\xce\x02\n\x13ParticipateResponse\x12%\n\x07welcome\x18\x01 \x01(\x0b\x32\x12.lorand.v1.WelcomeH\x00\x12%\n\x07refusal\x18\x02 \x01(\x0b\x32\x12.lorand.v1.RefusalH\x00\x12,\n\x0bround_start\x18\x03 \x01(\x0b\x32\x15.lorand.v1.RoundStartH\x00\x12\x0f\n\x05\x65ntry\x18\x04 \x01(\x0cH\x00\x12)\n\trejection\x18\x05 \x01(\x0b\x32\x14.lorand.v1.RejectionH\x00\x12)\n\theartbeat\x18\x06 \x01(\x0b\x32\x14.lorand.v1.HeartbeatH\x00\x12&\n\x08sum_keys\x18\x07 \x01(\x0b\x32\x12.lorand.v1.SumKeysH\x00\x12!\n\x05\x62\x61tch\x18\x08 \x01(\x0b\x32\x10.lorand.v1.BatchH\x00\x42\t\n\x07message\"\x8e\x02\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nrun_digest\x18\x03 \x01(\x0c\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\x0c\x12\x18\n\x10tokenizer_digest\x18\x05 \x01(\x0c\x12\x17\n\x0fmanifest_digest\x18\x06 \x01(\x0c\x12\x10\n\x08manifest\x18\x07 \x01(\t\x12\x15\n\rnext_sequence\x18\x08 \x01(\x04\x12\x0c\n\x04head\x18\t \x01(\x0c\x12\x10\n\x08\x66\x65\x61tures\x18\n \x03(\t\x12\x0f\n\x07session\x18\x0b \x01(\x04\x12\x16\n\x0e\x63osines_digest\x18\x0c \x01(\x0c\x12\x0f\n\x07sum_key\x18\r \x01(\x0c\"9\n\x05\x42\x61tch\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.lorand.v1.ParticipateResponse\" \n\x07SumKeys\x12\x15\n\rannouncements\x18\x01 \x03(\x0c\"K\n\x07Welcome\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x13\n\x0bheartbeat_s\x18\x02 \x01(\x02\x12\x1b\n\x13heartbeat_timeout_s\x18\x03 \x01(\x02\"(\n\x07Refusal\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\r\n\x05retry\x18\x02 \x01(\x08\"v\n\nRoundStart\x12\x13\n\x0bround_index\x18\x01 \x01(\r\x12\x16\n\x0escale_exponent\x18\x02 \x01(\x11\x12\x12\n\nbatch_size\x18\x03 \x01(\r\x12\x12\n\ndirections\x18\x04 \x01(\r\x12\x13\n\x0bsum_attempt\x18\x05 \x01(\x0c\"0\n\tRejection\x12\x13\n\x0bround_index\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"+\n\x04Skip\x12\x13\n\x0bround_index\x18\x01 \x01(\r\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x0b\n\tHeartbeat2\xa6\x01\n\x13\x43oordinationService\x12=\n\x06GetRun\x12\x18.lorand.v1.GetRunRequest\x1a\x19.lorand.v1.GetRunResponse\x12P\n\x0bParticipate\x12\x1d.lorand.v1.ParticipateRequest\x1a\x1e.lorand.v1.ParticipateResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,23 +39,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PARTICIPATEREQUEST']._serialized_start=207
   _globals['_PARTICIPATEREQUEST']._serialized_end=398
   _globals['_PARTICIPATERESPONSE']._serialized_start=401
-  _globals['_PARTICIPATERESPONSE']._serialized_end=700
-  _globals['_HELLO']._serialized_start=703
-  _globals['_HELLO']._serialized_end=973
-  _globals['_SUMKEYS']._serialized_start=975
-  _globals['_SUMKEYS']._serialized_end=1007
-  _globals['_WELCOME']._serialized_start=1009
-  _globals['_WELCOME']._serialized_end=1084
-  _globals['_REFUSAL']._serialized_start=1086
-  _globals['_REFUSAL']._serialized_end=1126
-  _globals['_ROUNDSTART']._serialized_start=1128
-  _globals['_ROUNDSTART']._serialized_end=1246
-  _globals['_REJECTION']._serialized_start=1248
-  _globals['_REJECTION']._serialized_end=1296
-  _globals['_SKIP']._serialized_start=1298
-  _globals['_SKIP']._serialized_end=1341
-  _globals['_HEARTBEAT']._serialized_start=1343
-  _globals['_HEARTBEAT']._serialized_end=1354
-  _globals['_COORDINATIONSERVICE']._serialized_start=1357
-  _globals['_COORDINATIONSERVICE']._serialized_end=1523
+  _globals['_PARTICIPATERESPONSE']._serialized_end=735
+  _globals['_HELLO']._serialized_start=738
+  _globals['_HELLO']._serialized_end=1008
+  _globals['_BATCH']._serialized_start=1010
+  _globals['_BATCH']._serialized_end=1067
+  _globals['_SUMKEYS']._serialized_start=1069
+  _globals['_SUMKEYS']._serialized_end=1101
+  _globals['_WELCOME']._serialized_start=1103
+  _globals['_WELCOME']._serialized_end=1178
+  _globals['_REFUSAL']._serialized_start=1180
+  _globals['_REFUSAL']._serialized_end=1220
+  _globals['_ROUNDSTART']._serialized_start=1222
+  _globals['_ROUNDSTART']._serialized_end=1340
+  _globals['_REJECTION']._serialized_start=1342
+  _globals['_REJECTION']._serialized_end=1390
+  _globals['_SKIP']._serialized_start=1392
+  _globals['_SKIP']._serialized_end=1435
+  _globals['_HEARTBEAT']._serialized_start=1437
+  _globals['_HEARTBEAT']._serialized_end=1448
+  _globals['_COORDINATIONSERVICE']._serialized_start=1451
+  _globals['_COORDINATIONSERVICE']._serialized_end=1617
 # @@protoc_insertion_point(module_scope)

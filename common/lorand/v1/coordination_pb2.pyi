@@ -134,6 +134,7 @@ class ParticipateResponse(_message.Message):
     REJECTION_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     SUM_KEYS_FIELD_NUMBER: _builtins.int
+    BATCH_FIELD_NUMBER: _builtins.int
     entry: _builtins.bytes
     """A serialised Entry, durable by now. It may end a round and start the next."""
     @_builtins.property
@@ -160,6 +161,10 @@ class ParticipateResponse(_message.Message):
     def sum_keys(self) -> Global___SumKeys:
         """Keys of a secure sum, before the first round start that they are for."""
 
+    @_builtins.property
+    def batch(self) -> Global___Batch:
+        """Several of the above at once, to workers that have the feature "batch"."""
+
     def __init__(
         self,
         *,
@@ -170,12 +175,13 @@ class ParticipateResponse(_message.Message):
         rejection: Global___Rejection | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         sum_keys: Global___SumKeys | None = ...,
+        batch: Global___Batch | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "heartbeat", b"heartbeat", "message", b"message", "refusal", b"refusal", "rejection", b"rejection", "round_start", b"round_start", "sum_keys", b"sum_keys", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "entry", b"entry", "heartbeat", b"heartbeat", "message", b"message", "refusal", b"refusal", "rejection", b"rejection", "round_start", b"round_start", "sum_keys", b"sum_keys", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "heartbeat", b"heartbeat", "message", b"message", "refusal", b"refusal", "rejection", b"rejection", "round_start", b"round_start", "sum_keys", b"sum_keys", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "entry", b"entry", "heartbeat", b"heartbeat", "message", b"message", "refusal", b"refusal", "rejection", b"rejection", "round_start", b"round_start", "sum_keys", b"sum_keys", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "refusal", "round_start", "entry", "rejection", "heartbeat", "sum_keys"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "refusal", "round_start", "entry", "rejection", "heartbeat", "sum_keys", "batch"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -254,6 +260,30 @@ class Hello(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class Batch(_message.Message):
+    """Messages that were waiting together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ParticipateResponse]:
+        """In order; none of them a batch."""
+
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___ParticipateResponse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Batch: _TypeAlias = Batch  # noqa: Y015
 
 @_typing.final
 class SumKeys(_message.Message):

@@ -1,4 +1,4 @@
-"""Files of a worker's own state, replaced whole and for their owner's eyes."""
+"""Files of a machine's own state: where they are, replaced whole and for their owner's eyes."""
 
 import os
 from pathlib import Path
@@ -20,6 +20,12 @@ def replace(path: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def state_folder() -> Path:
+    """Return where a user keeps what must survive a restart, unless told otherwise."""
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(home) / "lorand"
 
 
 def _for_its_owner(path: str, flags: int) -> int:

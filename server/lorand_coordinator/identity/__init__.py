@@ -1,0 +1,1 @@
+"""Who may take part: the run's authority, its members, and what each may call."""

@@ -1,0 +1,193 @@
+"""The identity folder of a run: its authority, its members, and the coordinator's certificates.
+
+authority.pem   key and certificate of the authority: whoever reads it can make members
+server.pem      key and certificate that the coordinator shows
+operator.pem    credentials of the operator on this machine, for status and health
+members.db      members and open invitations
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Final, Self
+
+import grpc
+from cryptography import x509
+
+from lorand import transport
+from lorand.credentials import Credentials, Role, Subject, fingerprint, key_pem, new_key, pem
+from lorand.errors import ConfigError
+from lorand.invitation import Invitation
+from lorand_coordinator.identity import enrolment
+from lorand_coordinator.identity.access import Access
+from lorand_coordinator.identity.authority import Authority, now, read_pair, write_pair
+from lorand_coordinator.identity.members import Members, Peer
+
+OPERATOR: Final = "operator"
+LOCAL: Final = ("localhost", "127.0.0.1", "::1")
+"""The coordinator is always certified to its own machine: health checks and relays come from it."""
+EVERYWHERE: Final = ("0.0.0.0", "::")
+RENEW_BEFORE: Final = timedelta(days=60)
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Everything about who is let in."""
+
+    folder: Path
+    authority: Authority
+    members: Members
+
+    @classmethod
+    def create_or_open(cls, folder: Path, run: str) -> Self:
+        """Return a run's, made now if there is none. Raises ConfigError."""
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make {folder}: {error}; choose another --identity-dir"
+            ) from error
+        if not (folder / "authority.pem").exists():
+            if (folder / "members.db").exists():
+                raise ConfigError(
+                    f"{folder / 'authority.pem'} is missing, but its members are there: restore it "
+                    "from a copy, or choose another --identity-dir to begin with no members"
+                )
+            Authority.create(folder / "authority.pem", run)
+        return cls.open(folder, run)
+
+    @classmethod
+    def open(cls, folder: Path, run: str) -> Self:
+        """Return a run's. Raises ConfigError when there is none."""
+        path = folder / "authority.pem"
+        if not path.exists():
+            raise ConfigError(
+                f"there is no {path}: `lr-coordinator serve` makes it on its first start; if it "
+                "serves with --identity-dir, give the same here"
+            )
+        authority = Authority.read(path, run)
+        return cls(folder, authority, Members(folder / "members.db"))
+
+    def close(self) -> None:
+        """Close the members' file."""
+        self.members.close()
+
+    def certify(self, address: str, names: Sequence[str]) -> None:
+        """See to the coordinator's certificates before it serves at HOST:PORT.
+
+        They are renewed when they expire soon or name other hosts. Raises ConfigError when no name
+        is known by which workers could reach it.
+        """
+        path = self.folder / "server.pem"
+        present = _names(path) if path.exists() else []
+        before = [name for name in present if name not in LOCAL]
+        host, _ = transport.split(address)
+        if host in EVERYWHERE and not names and not before:
+            raise ConfigError(
+                f"{host} is every address of this machine: say with --host-name by which name or "
+                "address workers reach it"
+            )
+        wanted = _with_local(names or [*(() if host in EVERYWHERE else (host,)), *before])
+        if wanted != present or _expires_soon(path):
+            self._certify_server(wanted)
+        operator = self.folder / "operator.pem"
+        if not operator.exists() or _expires_soon(operator):
+            self._certify_operator(operator)
+
+    def rotate(self, names: Sequence[str]) -> list[str]:
+        """Replace the coordinator's keys and certificates; return the names certified.
+
+        A coordinator that serves takes them with the next connection. Raises ConfigError.
+        """
+        path = self.folder / "server.pem"
+        wanted = _with_local(names or _names(path))
+        self._certify_server(wanted)
+        self._certify_operator(self.folder / "operator.pem")
+        return wanted
+
+    def _certify_server(self, names: list[str]) -> None:
+        key = new_key()
+        certificate = self.authority.issue_server(names, key.public_key())
+        write_pair(self.folder / "server.pem", key, certificate)
+
+    def _certify_operator(self, path: Path) -> None:
+        """Whoever can read this folder can make any member, so this gives nothing away."""
+        key = new_key()
+        subject = Subject(self.authority.run, Role.OPERATOR, OPERATOR)
+        certificate = self.authority.issue(subject, key.public_key())
+        self.members.admit(Peer.of(certificate))
+        try:
+            Credentials.write(path, key, certificate, self.authority.certificate)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error}") from error
+
+    def invite(self, name: str, role: Role, hours: float) -> Invitation:
+        """Return an invitation. Raises ConfigError."""
+        served = self.members.served()
+        if served is None:
+            raise ConfigError(
+                "where members enrol is known once the run was served: start `lr-coordinator "
+                "serve` first"
+            )
+        token = self.members.invite(name, role, hours)
+        return Invitation(served[1], name, token, fingerprint(self.authority.certificate))
+
+    def note_served(self, port: int, enrolment_port: int) -> str:
+        """Remember the ports served; return the HOST:PORT at which new members enrol."""
+        host = _names(self.folder / "server.pem")[0]
+        enrolment_address = transport.join(host, enrolment_port)
+        self.members.note_served(transport.join(host, port), enrolment_address)
+        return enrolment_address
+
+    def access(self) -> Access:
+        """Return what lets this run's members through."""
+        return Access(self.members, self.authority.run)
+
+    def service(self) -> enrolment.Enrolment:
+        """Return the service that certifies members."""
+        return enrolment.Enrolment(self.authority, self.members)
+
+    def server_credentials(self, *, ask: bool) -> grpc.ServerCredentials:
+        """Return what gRPC needs to show server.pem, also a later one (`rotate`).
+
+        With `ask`, callers must show a certificate of this run's authority.
+        """
+        path = self.folder / "server.pem"
+        authority = pem(self.authority.certificate) if ask else None
+        seen = path.stat().st_mtime_ns
+
+        def configuration() -> grpc.ServerCertificateConfiguration:
+            key, certificate = read_pair(path)
+            pairs = [(key_pem(key), pem(certificate))]
+            return grpc.ssl_server_certificate_configuration(pairs, authority)
+
+        shown = configuration()
+
+        def newest() -> grpc.ServerCertificateConfiguration:
+            nonlocal seen, shown
+            with suppress(OSError, ConfigError):  # then the last one serves until it is readable
+                found = path.stat().st_mtime_ns
+                if found != seen:
+                    shown, seen = configuration(), found
+            return shown
+
+        return grpc.dynamic_ssl_server_credentials(shown, newest, ask)
+
+
+def _with_local(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*names, *LOCAL]))
+
+
+def _names(path: Path) -> list[str]:
+    """Return host names and addresses in a certificate, in order."""
+    _, certificate = read_pair(path)
+    extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    return [str(name.value) for name in extension.value]
+
+
+def _expires_soon(path: Path) -> bool:
+    """Return whether a certificate made on this machine ends soon, by the clock that began it."""
+    _, certificate = read_pair(path)
+    return certificate.not_valid_after_utc - now() < RENEW_BEFORE
