@@ -90,7 +90,7 @@ def run(
     bench = (_short_bench if quick else _bench)(config, loaded, identity, shards, test, forward)
     this_run = b"" if draws_of_seed else config.digest()
     draws = config.draws(run_digest(this_run + bytes([seed]), identity))
-    federation = _Federation(config, identity, bench, loaded.module, shards, seed, draws)
+    federation = Federation(config, identity, bench, loaded.module, shards, seed, draws)
     points = []
     started = time.monotonic()
     for round_index in range(config.run.rounds + 1):
@@ -105,7 +105,7 @@ def run(
 
 
 @dataclass(frozen=True)
-class _Bench:
+class Bench:
     """How losses are measured: the replica, a round's loss functions by worker, and the score.
 
     `losses` are given what draws each worker's batches, and return it with the loss.
@@ -116,19 +116,26 @@ class _Bench:
     score: Callable[[], Score]
 
 
-class _Federation:
+Tamper = Callable[[dict[int, Report], int], dict[int, Report]]
+"""What becomes of a round's reports on their way, given the exponent of their scale."""
+
+
+class Federation:
     """Workers and coordinator of a run, a round at a time."""
 
     def __init__(
         self,
         config: RunConfig,
         identity: Identity,
-        bench: _Bench,
+        bench: Bench,
         module: nn.Module,
         shards: Sequence[Examples],
         seed: int,
         draws: Draws,
+        tamper: Tamper = lambda reports, scale_exponent: reports,
     ) -> None:
+        """Begin; `tamper` is what participants who lie do."""
+        self._tamper = tamper
         self._config, self._identity, self._bench = config, identity, bench
         self._work = local_steps.build(config, bench.replica, module)
         self._sizes = [len(shard) for shard in shards]
@@ -157,6 +164,7 @@ class _Federation:
             reports[worker] = self._report(worker, indices, measured.values)
             if due:
                 votes.append(vote(replica, loss, batches, due, config.subspace.kind))
+        reports = self._tamper(reports, self._state.scale_exponent)
         before = self._state.coefficients
         self._state, update = optimizer.advance(
             config, self._draws, self._state, round_index, reports
@@ -193,7 +201,7 @@ def _bench(
     shards: Sequence[Examples],
     test: Examples,
     forward: Forward | None,
-) -> _Bench:
+) -> Bench:
     pool = ledger.pool_of(config, identity, 0)
     replica = replica_of(config, loaded.module, identity.manifest, pool)
     trainable = {spec.name for spec in identity.manifest.tensors}
@@ -206,7 +214,7 @@ def _bench(
     def losses(batches: Sequence[Batches]) -> Sequence[tuple[Loss, Batches]]:
         return [(part.loss, draw) for part, draw in zip(tasks, batches, strict=True)]
 
-    return _Bench(replica, losses, task(test).score)
+    return Bench(replica, losses, task(test).score)
 
 
 def _short_bench(
@@ -216,7 +224,7 @@ def _short_bench(
     shards: Sequence[Examples],
     test: Examples,
     forward: Forward | None,
-) -> _Bench:
+) -> Bench:
     assert config.estimator.kind != "forward", "the short cut's attention has no forward mode"
     assert forward is None, "the short cut has its own precision"
     replica = short_cut.replica_of(config, loaded.module, identity)
@@ -231,7 +239,7 @@ def _short_bench(
             return short_cut.together(upper, kept[:-1], batches)
         return [(short_cut.alone(upper, p), d) for p, d in zip(kept[:-1], batches, strict=True)]
 
-    return _Bench(replica, losses, lambda: short_cut.score(upper, kept[-1]))
+    return Bench(replica, losses, lambda: short_cut.score(upper, kept[-1]))
 
 
 def _point(

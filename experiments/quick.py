@@ -25,7 +25,7 @@ from lorand_worker.heads import PooledClassifier
 from lorand_worker.tasks import Score
 
 
-class _Lazy(WholeReplica):
+class Lazy(WholeReplica):
     """A replica that writes its weights only when `write` asks for them.
 
     Where workers share a pass, most perturbations are never written.
@@ -39,15 +39,15 @@ class _Lazy(WholeReplica):
         super().settle()
 
 
-class LazyReplica(_Lazy, CopyReplica):
+class LazyReplica(Lazy, CopyReplica):
     """One with directions on whole tensors."""
 
 
-class LazySubspaceReplica(_Lazy, SubspaceReplica):
+class LazySubspaceReplica(Lazy, SubspaceReplica):
     """One with directions in subspaces."""
 
 
-def replica_of(config: RunConfig, module: nn.Module, identity: Identity) -> _Lazy:
+def replica_of(config: RunConfig, module: nn.Module, identity: Identity) -> Lazy:
     """Return the run's replica of a module that holds the base weights."""
     tensors, pool = dict(module.named_parameters()), pool_of(config, identity, 0)
     if not config.subspace.restricts:

@@ -31,6 +31,9 @@ from lorand.subspaces.basis import Basis
 PROTOCOL_VERSION = 1
 
 EstimatorKind = Literal["spsa", "one-sided", "forward", "backprop"]
+Rule = Literal["mean", "majority", "clipped-mean", "median", "trimmed-mean"]
+ROBUST: Final = ("clipped-mean", "median", "trimmed-mean")
+"""Rules that bound what a minority of liars does, whatever the size of its scalars."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -54,7 +57,7 @@ ADDED_LATER: Final[dict[str, dict[str, object]]] = {
     "codec": {"rounding": "nearest"},
     "optimizer": {"warmup_rounds": 0, "spread_decay": 0.9, "clip_factor": 0.0, "refined": []},
     "estimator": {"max_batch_size": 0, "max_directions_per_round": 0},
-    "rounds": {"aggregation": "mean"},
+    "rounds": {"aggregation": "mean", "trim": 0.3, "deadline_k": 0.0, "participants": 0},
     "directions": {"scale_rule": "head", "drawing": "uniform", "rotate_every": 0},
     "subspace": {
         "kind": "full",
@@ -219,9 +222,17 @@ class RoundsSection(Section):
     quorum: Annotated[int, Field(ge=1, le=100_000)]
     start_with: Annotated[int, Field(ge=0, le=100_000)] = 0
     deadline_s: Positive = 60.0
+    deadline_k: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    participants: Annotated[int, Field(ge=0, le=100_000)] = 0
     weighting: Literal["equal", "examples"] = "equal"
-    aggregation: Literal["mean", "majority"] = "mean"
+    aggregation: Rule = "mean"
+    trim: Annotated[float, Field(ge=0, lt=0.5)] = 0.3
     telemetry: Literal["loss", "none"] = "loss"
+
+    @field_validator("aggregation", mode="before")
+    @classmethod
+    def _by_its_other_name(cls, rule: object) -> object:
+        return "majority" if rule == "sign-vote" else rule
 
 
 class ServiceSection(Section):
@@ -238,6 +249,8 @@ class ServiceSection(Section):
     tail_entries: Annotated[int, Field(ge=1, le=100_000)] = 512
     commit_retry_s: Positive = 5.0
     drain_s: Positive = 5.0
+    quarantine: bool = False
+    auditor: Annotated[str, Field(max_length=64)] = ""
 
 
 class RunConfig(Section):

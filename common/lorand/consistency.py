@@ -25,6 +25,7 @@ def refusals(config: "RunConfig") -> Refusals:
         _state(config),
         _private(config),
         _summed(config),
+        _aggregated(config),
         _differences(config),
         _run(config),
     )
@@ -327,8 +328,9 @@ def _summed(config: "RunConfig") -> Refusals:
         '"shared", or privacy.mode = "worker"',
     )
     yield (
-        section.summed and rounds.aggregation == "majority",
-        f'{name} knows nobody\'s sign: set rounds.aggregation = "mean", or privacy.mode = "worker"',
+        section.summed and rounds.aggregation != "mean",
+        f'{name} knows nobody\'s sign or scalars: set rounds.aggregation = "mean", or '
+        'privacy.mode = "worker"',
     )
     yield (
         secure and section.mechanism == "laplace",
@@ -346,9 +348,56 @@ def _summed(config: "RunConfig") -> Refusals:
         f"set it to 1 to {rounds.quorum} (rounds.quorum); the smaller, the more noise",
     )
     yield (
+        secure and rounds.deadline_k > 0,
+        "a secure sum is nothing without the slowest member: with privacy.mode = "
+        '"secure-sum" set rounds.deadline_k = 0',
+    )
+    yield (
         not secure and section.honest_min > 0,
         'privacy.honest_min is for shares of noise: set privacy.mode = "secure-sum", or '
         "honest_min = 0",
+    )
+
+
+def _aggregated(config: "RunConfig") -> Refusals:
+    """What becomes of the scalars, and of whose."""
+    rounds = config.rounds
+    rule, name = rounds.aggregation, f'rounds.aggregation = "{rounds.aggregation}"'
+    own = config.directions.mode == "own"
+    yield (
+        rule == "majority" and own,
+        f'{name} votes on directions that all measured: set directions.mode = "shared"',
+    )
+    yield (
+        rule in ("median", "trimmed-mean") and own,
+        f"{name} compares scalars along the same directions: set directions.mode = "
+        '"shared", or rounds.aggregation = "clipped-mean"',
+    )
+    robust = rule not in ("mean", "majority")
+    yield (
+        robust and rounds.weighting == "examples",
+        f"{name} with weights by a number of examples that nobody can check would be no bound on "
+        'what a participant does: set rounds.weighting = "equal"',
+    )
+    yield (
+        robust and rounds.quorum < 3,
+        f"{name} goes by what most participants say, which needs three: set rounds.quorum to 3 or "
+        'more, or rounds.aggregation = "mean"',
+    )
+    service, summed = config.service, config.privacy.summed
+    yield (
+        service.quarantine and summed,
+        f'privacy.mode = "{config.privacy.mode}" keeps nobody\'s scalars, which service.quarantine '
+        "goes by: set it to false",
+    )
+    yield (
+        service.auditor != "" and (own or not service.quarantine),
+        "service.auditor is whom others' scalars are compared with along the same directions: set "
+        'service.quarantine = true and directions.mode = "shared", or auditor = ""',
+    )
+    yield (
+        0 < rounds.participants < rounds.quorum,
+        "rounds.participants must be 0 (= all that are connected) or at least rounds.quorum",
     )
 
 
@@ -402,11 +451,6 @@ def _run(config: "RunConfig") -> Refusals:
         config.optimizer.warmup_rounds >= config.run.rounds,
         f"optimizer.warmup_rounds = {config.optimizer.warmup_rounds} leaves nothing of "
         f"{config.run.rounds} rounds; make it smaller",
-    )
-    yield (
-        rounds.aggregation == "majority" and config.directions.mode == "own",
-        'rounds.aggregation = "majority" votes on directions that all measured: set '
-        'directions.mode = "shared"',
     )
     yield (
         0 < rounds.start_with < rounds.quorum,

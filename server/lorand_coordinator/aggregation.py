@@ -7,10 +7,11 @@ import numpy as np
 
 from lorand import codec
 from lorand.codec import Codes, Floats
-from lorand.config import RunConfig
+from lorand.config import ROBUST, RunConfig
 from lorand.directions import Draws, Indices
 from lorand.errors import ContributionError
 from lorand.v1 import ledger_pb2 as pb
+from lorand_coordinator import rules
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,9 @@ def aggregate(
 ) -> Estimate:
     """Return the mean over participants (equal, or by examples) of their decoded scalars.
 
-    With `majority` it is the sign that outweighs the other, 0 where none does (FeedSign, arXiv
-    2501.17610): a participant moves a direction by its vote at most. With own directions a
-    participant's scalars stand at its own indices; where two participants drew the same one, their
-    scalars add. The result does not depend on the order of arrival.
+    Or what another of the `rules` makes of them. With own directions a participant's scalars stand
+    at its own indices; where two participants drew the same one, their scalars add. The result
+    does not depend on the order of arrival.
     """
     if not reports:
         raise ContributionError("a round without contributions cannot be aggregated")
@@ -81,15 +81,23 @@ def aggregate(
         weight * decoded(config, reports[worker], scale_exponent)
         for worker, weight in zip(workers, weights, strict=True)
     ]
+    rule = config.rounds.aggregation
+    if rule == "clipped-mean":
+        parts = list(rules.clip(np.stack(parts)))
     indices = draws.committed(round_index, workers, len(parts[0]))
     walked = config.local.taken
     factors = np.ones(len(indices)) if walked else draws.importance(indices)
     if config.directions.mode == "shared":
-        if config.rounds.aggregation == "majority":
-            votes = [weight * np.sign(part) for weight, part in zip(weights, parts, strict=True)]
-            return Estimate(indices, np.sign(np.sum(votes, axis=0)), len(indices))
-        mean = factors * np.sum(parts, axis=0) / len(workers)
-        return Estimate(indices, mean, len(indices), walked)
+        rows = np.stack(parts)
+        if rule == "majority":
+            return Estimate(indices, rules.vote(rows, weights), len(indices))
+        if rule == "median":
+            values = factors * rules.median(rows)
+        elif rule == "trimmed-mean":
+            values = factors * rules.trimmed_mean(rows, config.rounds.trim)
+        else:
+            values = factors * np.sum(rows, axis=0) / len(workers)
+        return Estimate(indices, values, len(indices), walked)
     place = {index: position for position, index in enumerate(indices.tolist())}
     values = np.zeros(len(indices))
     for worker, part in zip(workers, parts, strict=True):
@@ -98,6 +106,19 @@ def aggregate(
     if walked:
         return Estimate(indices, values / len(workers), len(indices), walked)
     return Estimate(indices, factors * values, len(workers) * config.num_directions)
+
+
+def scaling_codes(config: RunConfig, reports: Mapping[int, Report]) -> Codes:
+    """Return the codes that the scale of the next round follows.
+
+    Those of all participants; of the typical one alone where liars are reckoned with: a third of
+    saturated contributions would else raise the scale without end, until honest codes are zero.
+    """
+    codes = [reports[worker].codes for worker in sorted(reports)]
+    if config.rounds.aggregation in ROBUST:
+        rows = np.stack([codec.decode(config.codec.up, part, 0) for part in codes])
+        return codes[rules.typical(rows)]
+    return np.concatenate(codes)
 
 
 def decoded(config: RunConfig, report: Report, scale_exponent: int) -> Floats:

@@ -23,7 +23,7 @@ from lorand.coefficients import Coefficients, add, zeros
 from lorand.config import RunConfig
 from lorand.directions import Draws
 from lorand_coordinator import pace
-from lorand_coordinator.aggregation import Estimate, Report, aggregate
+from lorand_coordinator.aggregation import Estimate, Report, aggregate, scaling_codes
 from lorand_coordinator.pace import Pace
 
 ADAM_EPSILON = 1e-12
@@ -87,10 +87,10 @@ def advance(
     change = codec.delta(scale, codes)
     feedback = state.feedback.copy()
     feedback[estimate.indices] = wanted - change
-    arrived = np.concatenate([reports[worker].codes for worker in sorted(reports)])
     exponent = state.scale_exponent
     if not config.local.taken:
-        exponent = codec.next_scale_exponent(config.codec.up, exponent, arrived)
+        followed = scaling_codes(config, reports)
+        exponent = codec.next_scale_exponent(config.codec.up, exponent, followed)
     after = replace(
         moved,
         coefficients=add(state.coefficients, estimate.indices, change),

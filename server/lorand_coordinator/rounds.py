@@ -5,6 +5,8 @@ al., "Towards federated learning at scale", MLSys 2019). The engine does no I/O 
 it is told what happened and when, and answers with what is to be done, as data, and with a
 sentence that says why it is where it is.
 
+A deadline may follow how long answers took, and a round may ask only some of those who are there.
+
 Obligations of the caller: carry out effects in order; answer `Commit`, `Abandon` and `Finish` with
 `Appended` once the entry is durable (or `AppendFailed`), before any worker sees the outcome; send
 `Tick` a few times a second.
@@ -12,9 +14,18 @@ Obligations of the caller: carry out effects in order; answer `Commit`, `Abandon
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from hashlib import sha256
+from statistics import median
+from typing import Final, Literal
+
+from lorand.config import RunConfig
 
 Phase = Literal["selection", "reporting", "committing", "finished"]
+
+ANSWERS_KEPT: Final = 64
+FEWEST_ANSWERS: Final = 8
+"""An adaptive deadline follows the last answers, and none below so many."""
+SHORTEST_DEADLINE_S: Final = 1.0
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,27 @@ class Settings:
     commit_retry_s: float
     all_or_nothing: bool = False
     """Whether a round commits with all participants or not at all (secure sums)."""
+    deadline_k: float = 0.0
+    """Median deviations above the median answer at which the deadline is; 0: at deadline_s."""
+    participants: int = 0
+    """How many of the members a round asks; 0: all."""
+    sampling_key: bytes = b""
+
+    @staticmethod
+    def of(config: RunConfig, *, all_or_nothing: bool = False) -> "Settings":
+        """Return those of a run file."""
+        section = config.rounds
+        return Settings(
+            rounds=config.run.rounds,
+            quorum=section.quorum,
+            start_with=section.start_with,
+            deadline_s=section.deadline_s,
+            commit_retry_s=config.service.commit_retry_s,
+            all_or_nothing=all_or_nothing,
+            deadline_k=section.deadline_k,
+            participants=section.participants,
+            sampling_key=config.digest(),
+        )
 
 
 @dataclass(frozen=True)
@@ -63,6 +95,13 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Quarantined:
+    """Rounds from the next one on are made without these workers, connected or not."""
+
+    workers: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time passed."""
 
@@ -86,7 +125,7 @@ class Unsound:
     why: str
 
 
-Event = Joined | Left | Reported | Skipped | Tick | Appended | AppendFailed | Unsound
+Event = Joined | Left | Reported | Skipped | Quarantined | Tick | Appended | AppendFailed | Unsound
 
 
 @dataclass(frozen=True)
@@ -138,6 +177,8 @@ class State:
     """Everything the engine knows. `pending` is the append that is under way or failed.
 
     Of `late`, who cost an all-or-nothing round and was not heard of since, no round is made again.
+    `answers` are the seconds that the last ones took, for an adaptive deadline; of who had not
+    answered when its round ended it is how long it was waited for.
     """
 
     phase: Phase = "selection"
@@ -149,11 +190,19 @@ class State:
     contributions: Mapping[int, bytes] = field(default_factory=dict)
     skipped: frozenset[int] = frozenset()
     late: frozenset[int] = frozenset()
+    quarantined: frozenset[int] = frozenset()
+    began: float = 0.0
     deadline: float = 0.0
+    answers: tuple[float, ...] = ()
     pending: Append | None = None
     retry_at: float | None = None
     rest_until: float = 0.0
     trouble: str = ""
+
+    @property
+    def ready(self) -> frozenset[int]:
+        """Whom the next round may ask."""
+        return self.members - self.late - self.quarantined
 
 
 Outcome = tuple[State, tuple[Effect, ...], str]
@@ -179,11 +228,13 @@ def _take(
         case Left(worker):
             state = replace(state, members=state.members - {worker})
         case Reported(worker):
-            return _report(replace(state, late=state.late - {worker}), event)
+            return _report(replace(state, late=state.late - {worker}), event, now)
         case Skipped(worker, round_index):
             waited_for = state.participants - state.contributions.keys()
             if (state.phase, state.round_index) == ("reporting", round_index):
                 state = replace(state, skipped=state.skipped | (waited_for & {worker}))
+        case Quarantined(workers):
+            state = replace(state, quarantined=state.quarantined | workers)
         case Appended():
             return _appended(settings, state, now), ()
         case AppendFailed(why):
@@ -196,7 +247,7 @@ def _take(
     return state, ()
 
 
-def _report(state: State, event: Reported) -> tuple[State, tuple[Effect, ...]]:
+def _report(state: State, event: Reported, now: float) -> tuple[State, tuple[Effect, ...]]:
     worker, round_index = event.worker, event.round_index
     why = ""
     if round_index != state.round_index or state.phase != "reporting":
@@ -211,7 +262,12 @@ def _report(state: State, event: Reported) -> tuple[State, tuple[Effect, ...]]:
         why = f"worker {worker} already reported other scalars for round {round_index}"
     if why:
         return state, (Reject(worker, round_index, why),)
+    state = _after_answers(state, [now - state.began])
     return replace(state, contributions={**state.contributions, worker: event.payload}), ()
+
+
+def _after_answers(state: State, took: list[float]) -> State:
+    return replace(state, answers=(*state.answers, *took)[-ANSWERS_KEPT:])
 
 
 def _present(state: State) -> str:
@@ -252,18 +308,48 @@ def _advance(settings: Settings, state: State, now: float) -> tuple[State, tuple
     if state.phase == "selection":
         if state.committed >= settings.rounds:
             return _append(state, Finish(state.committed))
-        present = state.members - state.late
         if _missing(settings, state) <= 0 and now >= state.rest_until:
+            chosen = _chosen(settings, state.round_index, state.ready)
             state = replace(
                 state,
                 phase="reporting",
-                participants=present,
-                deadline=now + settings.deadline_s,
+                participants=frozenset(chosen),
+                began=now,
+                deadline=now + _patience(settings, state),
             )
-            return state, (StartRound(state.round_index, tuple(sorted(present))),)
+            return state, (StartRound(state.round_index, tuple(sorted(chosen))),)
     if state.phase == "reporting":
         return _judge(settings, state, now)
     return state, ()
+
+
+def _chosen(settings: Settings, round_index: int, present: frozenset[int]) -> list[int]:
+    """Return the participants: those of the smallest digests, so that anyone can draw them again.
+
+    Rendezvous hashing (Thaler and Ravishankar, 1998): a sample without replacement that stays
+    what it was, but for one, when one worker comes or goes.
+    """
+
+    def lot(worker: int) -> bytes:
+        place = round_index.to_bytes(4, "little") + worker.to_bytes(4, "little")
+        return sha256(b"lorand/sample/v1" + settings.sampling_key + place).digest()
+
+    return sorted(present, key=lot)[: settings.participants or None]
+
+
+def _patience(settings: Settings, state: State) -> float:
+    """Return how long a round is waited for, in seconds: median + k · MAD of the last answers.
+
+    Never below twice the median: where answers take equally long the deviation is none, and most
+    would come too late. Waits that ended without an answer are among the answers, so that the
+    deadline does not follow those alone who meet it; a round without a quorum forgets them all.
+    """
+    if settings.deadline_k == 0 or len(state.answers) < FEWEST_ANSWERS:
+        return settings.deadline_s
+    typical = median(state.answers)
+    deviation = median(abs(took - typical) for took in state.answers)
+    wanted = max(typical + settings.deadline_k * deviation, 2 * typical, SHORTEST_DEADLINE_S)
+    return min(settings.deadline_s, wanted)
 
 
 def _judge(settings: Settings, state: State, now: float) -> tuple[State, tuple[Effect, ...]]:
@@ -271,6 +357,8 @@ def _judge(settings: Settings, state: State, now: float) -> tuple[State, tuple[E
     reported = len(state.contributions)
     awaited = state.participants - state.skipped - state.contributions.keys()
     late = now >= state.deadline
+    if late:
+        state = _after_deadline(settings, state, len(awaited & state.members))
     if settings.all_or_nothing:
         return _judge_whole(state, late)
     if reported >= settings.quorum and (late or not awaited):
@@ -284,6 +372,12 @@ def _judge(settings: Settings, state: State, now: float) -> tuple[State, tuple[E
             why += f"; {len(state.skipped)} sat the round out"
         return _append(state, Abandon(state.round_index, why))
     return state, ()
+
+
+def _after_deadline(settings: Settings, state: State, unanswered: int) -> State:
+    if len(state.contributions) < settings.quorum:
+        return replace(state, answers=())
+    return _after_answers(state, [state.deadline - state.began] * unanswered)
 
 
 def _judge_whole(state: State, late: bool) -> tuple[State, tuple[Effect, ...]]:
@@ -308,7 +402,7 @@ def _append(state: State, entry: Append) -> tuple[State, tuple[Effect, ...]]:
 def _missing(settings: Settings, state: State) -> int:
     """Return how many workers more a round may begin with; who is late counts for start_with."""
     first = settings.start_with if state.committed == 0 else 0
-    return max(first - len(state.members), settings.quorum - len(state.members - state.late))
+    return max(first - len(state.members), settings.quorum - len(state.ready))
 
 
 def reason(settings: Settings, state: State, now: float) -> str:
@@ -330,7 +424,9 @@ def reason(settings: Settings, state: State, now: float) -> str:
         if missing <= 0:
             wait = max(0.0, state.rest_until - now)
             return f"resting after an abandoned round, for {wait:.0f} s"
-        return f"waiting for {missing} more worker{'s' * (missing != 1)} to join"
+        apart = len(state.members & state.quarantined)
+        beside = f", beside {apart} in quarantine" if apart else ""
+        return f"waiting for {missing} more worker{'s' * (missing != 1)} to join{beside}"
     awaited = state.participants - state.skipped - state.contributions.keys()
     return (
         f"waiting for {len(awaited)} of {len(state.participants)} participants, "

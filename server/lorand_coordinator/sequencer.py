@@ -7,7 +7,7 @@ in a returned message.
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -32,6 +32,7 @@ from lorand_coordinator import (
     summing,
 )
 from lorand_coordinator.aggregation import Report
+from lorand_coordinator.conduct import Watch
 from lorand_coordinator.folding import Carried
 from lorand_coordinator.snapshot import pack_state, resumed
 from lorand_coordinator.store import Checkpoint, Store, StoreUnavailable
@@ -96,14 +97,9 @@ class Sequencer:
         self._summing = summing
         self._sum: tuple[int, pb.StoredContribution] | None = None
         self._waiting_identity = identity
-        self._settings = rounds.Settings(
-            rounds=config.run.rounds,
-            quorum=config.rounds.quorum,
-            start_with=config.rounds.start_with,
-            deadline_s=config.rounds.deadline_s,
-            commit_retry_s=config.service.commit_retry_s,
-            all_or_nothing=summing is not None and summing.all_or_nothing,
-        )
+        whole = summing is not None and summing.all_or_nothing
+        self._settings = rounds.Settings.of(config, all_or_nothing=whole)
+        self._watch = Watch(config)
         self.engine = rounds.State()
         self._position: Position | None = None
         if len(store):
@@ -146,6 +142,9 @@ class Sequencer:
             self._count(entry)
             if entry.HasField("commit"):
                 last.append(entry)
+                if self._watch.on:
+                    exponent = entry.commit.scale_exponent
+                    self._watch.take(exponent, self._reports(entry), self._names)
             if entry.sequence < committed_before:
                 continue
             if entry.HasField("commit"):
@@ -154,10 +153,14 @@ class Sequencer:
         if not np.array_equal(position.coefficients, self._optimizer.coefficients):
             raise LedgerError("the optimizer's coefficients are not those of the ledger")
         for entry in last:
-            stored = map(pb.StoredContribution.FromString, self.store.contributions(entry.sequence))
-            reports = folding.reports(self.config, stored, entry.commit.directions)
-            self._note_scalars(entry.commit.scale_exponent, reports)
+            self._note_scalars(entry.commit.scale_exponent, self._reports(entry))
+        self.engine = replace(self.engine, quarantined=self._watch.apart)
         self._position = position
+
+    def _reports(self, entry: pb.Entry) -> dict[int, Report]:
+        """Return what the stored contributions of a commit say."""
+        stored = map(pb.StoredContribution.FromString, self.store.contributions(entry.sequence))
+        return folding.reports(self.config, stored, entry.commit.directions)
 
     def _repeat(self, position: Position, entry: pb.Entry) -> None:
         """Fold a stored round into what is carried on; ΔA and the rest must come out as written."""
@@ -180,11 +183,8 @@ class Sequencer:
 
         Workers who answered would repeat their answers to what is no longer asked.
         """
-        if (
-            self._settings.all_or_nothing
-            and self.tally.accounts
-            and self.engine.phase != "finished"
-        ):
+        lost = self._settings.all_or_nothing and self.tally.accounts
+        if lost and self.engine.phase != "finished":
             abandon = pb.Abandon(reason="the coordinator was started again")
             entry = pb.Entry(round_index=self.engine.round_index, abandon=abandon)
             self._append(entry)
@@ -197,24 +197,15 @@ class Sequencer:
         if kind == "commit":
             for worker in entry.commit.workers:
                 self.tally.accounts[worker].contributions += 1
-            self.engine = rounds.State(
-                round_index=entry.round_index + 1,
-                committed=engine.committed + 1,
-                abandoned=engine.abandoned,
+            self.engine = replace(
+                engine, round_index=entry.round_index + 1, committed=engine.committed + 1
             )
         elif kind == "abandon":
-            self.engine = rounds.State(
-                round_index=entry.round_index + 1,
-                committed=engine.committed,
-                abandoned=engine.abandoned + 1,
+            self.engine = replace(
+                engine, round_index=entry.round_index + 1, abandoned=engine.abandoned + 1
             )
         elif kind == "finish":
-            self.engine = rounds.State(
-                phase="finished",
-                round_index=engine.round_index,
-                committed=engine.committed,
-                abandoned=engine.abandoned,
-            )
+            self.engine = replace(engine, phase="finished")
         elif kind == "member":
             self.tally.accounts[entry.member.worker] = Account(entry.member.name)
         elif kind == "evaluation":
@@ -226,6 +217,10 @@ class Sequencer:
     def comparison(self) -> payoff.Comparison:
         """What the rounds so far tell of the subspace against full space."""
         return self._carried.comparison
+
+    @property
+    def _names(self) -> dict[int, str]:
+        return {worker: account.name for worker, account in self.tally.accounts.items()}
 
     @property
     def _optimizer(self) -> optimizer.State:
@@ -243,7 +238,7 @@ class Sequencer:
 
     def findings(self) -> list[diagnostics.Finding]:
         """Return what the run's scalars tell, warnings first."""
-        return payoff.told(self.recent, self.comparison)
+        return self._watch.findings(self._names) + payoff.told(self.recent, self.comparison)
 
     def tail(self, start: int) -> list[bytes]:
         """Return the entries from a sequence on."""
@@ -298,7 +293,7 @@ class Sequencer:
 
     def connect(self, worker: int, now: float) -> list[Outgoing]:
         """Count a worker that has every entry as connected."""
-        return self._step(rounds.Joined(worker), now)
+        return self._step(rounds.Joined(worker), now) + self._sent_away(worker)
 
     def disconnect(self, worker: int, now: float) -> list[Outgoing]:
         """Count a worker as gone."""
@@ -373,7 +368,10 @@ class Sequencer:
             case rounds.Reject(worker, round_index, why):
                 return [self._reject(worker, round_index, why)], []
         try:
-            return self._append_outcome(effect), [rounds.Appended()]
+            outgoing = self._append_outcome(effect)
+            apart = self._watch.apart - self.engine.quarantined
+            outgoing += [told for worker in sorted(apart) for told in self._sent_away(worker)]
+            return outgoing, [rounds.Quarantined(apart), rounds.Appended()]
         except UnsoundSum as error:
             return [], [rounds.Unsound(str(error))]
         except (LedgerError, ContributionError) as error:  # the latter: an update too large
@@ -429,6 +427,7 @@ class Sequencer:
         outgoing = self._append(pb.Entry(round_index=round_index, commit=commit), bodies)
         self._carried = folded.after
         self._note_scalars(commit.scale_exponent, folded.reports)
+        self._watch.take(commit.scale_exponent, folded.reports, self._names)
         for worker in commit.workers:
             self.tally.accounts[worker].contributions += 1
         losses = [c.contribution.loss for c in stored if c.contribution.HasField("loss")]
@@ -454,6 +453,12 @@ class Sequencer:
 
     def _note_scalars(self, scale_exponent: int, reports: Mapping[int, Report]) -> None:
         self.recent.add(scale_exponent, [reports[worker] for worker in sorted(reports)])
+
+    def _sent_away(self, worker: int) -> list[Outgoing]:
+        """Tell a worker that is in quarantine why the run goes on without it."""
+        why = self._watch.why(worker)
+        rejection = wire.Rejection(round_index=self.engine.round_index, reason=why)
+        return [Outgoing(worker, Message(rejection=rejection))] if why else []
 
     def _append(self, entry: pb.Entry, contributions: list[bytes] | None = None) -> list[Outgoing]:
         """Make an entry durable, follow it, and send it to everyone connected."""

@@ -148,7 +148,7 @@ def forgotten_feedback(patch: pytest.MonkeyPatch) -> None:
     def forget(data: bytes, coefficients: Coefficients, committed: int) -> State:
         return replace(unpack(data, coefficients, committed), feedback=np.zeros(64))
 
-    patch.setattr(sequencer, "unpack_state", forget)
+    patch.setattr(snapshot, "unpack_state", forget)
 
 
 def round_again(patch: pytest.MonkeyPatch) -> None:

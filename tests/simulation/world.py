@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tests.runs import IDENTITY, config_of
 from tests.simulation.disk import CRASHES, Crash, Disk, SimulatedStore
@@ -45,7 +45,19 @@ MISFORTUNES: Final = (
 )
 
 
-def config_for(rng: random.Random) -> RunConfig:
+def robustness_for(rng: random.Random, quorum: int, weighting: str) -> dict[str, Any]:
+    """Settings of [rounds] against stragglers and liars; most runs have none, as most have."""
+    if rng.random() < 0.7:
+        return {}
+    robust = quorum > 2 and weighting == "equal"
+    return {
+        "deadline_k": rng.choice([0.0, 3.0]),
+        "participants": rng.choice([0, quorum, quorum + 1]),
+        "aggregation": rng.choice(["mean", "clipped-mean"]) if robust else "mean",
+    }
+
+
+def config_for(rng: random.Random, seed: int) -> RunConfig:
     """A small run, different from seed to seed."""
     quorum = rng.choice([1, 2, 2, 3])
     each = rng.choice([3, 8, 40])
@@ -65,8 +77,9 @@ def config_for(rng: random.Random) -> RunConfig:
             "quorum": quorum,
             "start_with": rng.choice([0, 3]),
             "deadline_s": 3.0,
-            "weighting": rng.choice(["equal", "examples"]),
+            "weighting": (weighting := rng.choice(["equal", "examples"])),
             "telemetry": rng.choice(["loss", "none"]),
+            **robustness_for(random.Random(seed), quorum, weighting),
         },
         service={
             "checkpoint_every": rng.choice([1, 2, 3]),
@@ -89,7 +102,7 @@ class World:
         self.now = 0.0
         self.told: deque[str] = deque(maxlen=80)
         self.faults: Counter[str] = Counter()
-        self.config = config_for(self.rng)
+        self.config = config_for(self.rng, seed)
         self.calm_at = self.rng.uniform(8, 30) if faults else 0.0
         self._misfortunes_per_s = self.rng.choice([0.3, 0.7, 1.5])
         self.disk = Disk(folder, template, self.rng)

@@ -4,17 +4,19 @@ A line that is neither a comment nor indented is a command; what is indented und
 `-> effect` in order, then the reason. After a change that is meant to change them, record them anew
 with `pytest tests/transcripts --rewrite` and read the diff.
 
-    run rounds=2 quorum=2 [start_with=N]   settings; deadlines are 10 s, pauses before a retry 5 s
+    run rounds=2 quorum=2 [start_with=N]   settings; deadlines are 10 s, pauses before a retry 5 s;
+                                           also all_or_nothing=1, participants=N, deadline_k=N
     join W, leave W                        a worker connects, or its connection ends
     report W round=R payload=TEXT          a contribution
     skip W round=R                         a worker sits the round out
+    quarantine W                           the caller wants no more rounds with a worker
     appended, append-failed WHY            the caller's answer to commit, abandon and finish
     tick +S                                S seconds pass
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
@@ -44,8 +46,8 @@ def record(text: str) -> Iterator[str]:
             continue
         command, *words = line.split()
         if command == "run":
-            given = {name: int(value) for name, value in pairs(words).items()}
-            given = {"start_with": 0, **given}
+            numbers = {name: int(value) for name, value in pairs(words).items()}
+            given: dict[str, Any] = {"start_with": 0, **numbers}
             whole = bool(given.pop("all_or_nothing", 0))
             settings = rounds.Settings(
                 **given, deadline_s=10.0, commit_retry_s=5.0, all_or_nothing=whole
@@ -73,6 +75,8 @@ def event_of(command: str, words: list[str]) -> rounds.Event:
             return rounds.Reported(int(worker), int(given["round"]), given["payload"].encode())
         case "skip", [worker, *rest]:
             return rounds.Skipped(int(worker), int(pairs(rest)["round"]), "the loss is nan")
+        case "quarantine", [worker]:
+            return rounds.Quarantined(frozenset({int(worker)}))
         case "tick", _:
             return rounds.Tick()
         case "appended", []:

@@ -97,6 +97,15 @@ def test_every_setting_but_those_of_service_names_the_run(section: str, field: s
     assert (names[0] == names[1]) == same_run
 
 
+def test_a_sign_vote_is_a_majority() -> None:
+    """One rule by two names is one run."""
+    voted, majority = (
+        config_of(rounds=f'aggregation = "{name}"') for name in ("sign-vote", "majority")
+    )
+    assert voted == majority
+    assert voted.digest() == majority.digest()
+
+
 def test_a_config_is_frozen() -> None:
     config = config_of()
     with pytest.raises(ValidationError, match="frozen"):

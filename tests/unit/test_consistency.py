@@ -374,6 +374,53 @@ SECURE: Final = 'mode = "secure-sum"\nhonest_min = 2'
             "subspace.probe takes errors",
             "set subspace.refresh_every",
         ),
+        (
+            {
+                "privacy": 'mode = "central"',
+                "rounds": 'telemetry = "none"\naggregation = "median"',
+            },
+            "knows nobody's sign or scalars",
+            'rounds.aggregation = "mean"',
+        ),
+        (
+            {"rounds": 'aggregation = "trimmed-mean"', "directions": 'mode = "own"'},
+            "compares scalars along the same directions",
+            'rounds.aggregation = "clipped-mean"',
+        ),
+        (
+            {"rounds": 'aggregation = "clipped-mean"\nweighting = "examples"'},
+            "nobody can check",
+            'rounds.weighting = "equal"',
+        ),
+        (
+            {"rounds": 'aggregation = "median"\nquorum = 2'},
+            "goes by what most participants say",
+            "set rounds.quorum to 3",
+        ),
+        (
+            {"privacy": SECURE, "rounds": 'telemetry = "none"\ndeadline_k = 3.0'},
+            "nothing without the slowest member",
+            "rounds.deadline_k = 0",
+        ),
+        (
+            {
+                "privacy": 'mode = "central"',
+                "rounds": 'telemetry = "none"',
+                "service": "quarantine = true",
+            },
+            "keeps nobody's scalars",
+            "set it to false",
+        ),
+        (
+            {"service": 'auditor = "us"'},
+            "service.auditor",
+            "set service.quarantine = true",
+        ),
+        (
+            {"rounds": "participants = 2"},
+            "rounds.participants must be 0",
+            "at least rounds.quorum",
+        ),
     ],
     ids=[
         "privacy and loss",
@@ -435,6 +482,14 @@ SECURE: Final = 'mode = "secure-sum"\nhonest_min = 2'
         "a probe of one participant",
         "a probe of signs",
         "a probe of three rounds",
+        "median of a sum",
+        "trimmed mean of own directions",
+        "clipped mean by examples",
+        "median of two",
+        "a secure sum in haste",
+        "quarantine in a sum",
+        "an auditor of nothing",
+        "fewer participants than the quorum",
     ],
 )
 def test_settings_that_do_not_go_together(

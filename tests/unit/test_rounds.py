@@ -36,6 +36,7 @@ from lorand_coordinator.rounds import (
 
 DEADLINE_S: Final = 10.0
 RETRY_S: Final = 5.0
+SMALL: Final = Settings(2, 2, 0, DEADLINE_S, RETRY_S)
 LEGAL: Final[dict[type[Effect], Phase]] = {
     StartRound: "reporting",
     Commit: "committing",
@@ -130,6 +131,9 @@ class Caller:
         assert state.committed <= self.settings.rounds
         if state.phase == "reporting":
             assert self.now < state.deadline, "nobody waits past the deadline"
+            assert state.deadline <= state.began + DEADLINE_S
+            most = self.settings.participants or len(state.participants)
+            assert len(state.participants) <= most
             assert len(state.participants) >= self.settings.quorum
         if state.phase == "selection":
             start_with = 0 if state.committed else self.settings.start_with
@@ -205,7 +209,15 @@ ACTIONS: Final[st.SearchStrategy[Action]] = st.one_of(
 def runs(draw: st.DrawFn) -> Settings:
     quorum = draw(st.integers(1, 3))
     start_with = draw(st.sampled_from([0, quorum, quorum + 2]))
-    return Settings(draw(st.integers(1, 4)), quorum, start_with, DEADLINE_S, RETRY_S)
+    return Settings(
+        draw(st.integers(1, 4)),
+        quorum,
+        start_with,
+        DEADLINE_S,
+        RETRY_S,
+        deadline_k=draw(st.sampled_from([0.0, 3.0])),
+        participants=draw(st.sampled_from([0, quorum, quorum + 1])),
+    )
 
 
 def perform(caller: Caller, actions: list[Action]) -> None:
@@ -243,9 +255,57 @@ def test_from_anywhere_a_run_can_be_finished(run: Settings, actions: list[Action
     assert caller.outcomes[-1] == Finish(run.rounds)
 
 
-# ------------------------------------------------------------- what callers rely on
+# ------------------------------------------------------------- whom, and how long
 
-SMALL: Final = Settings(2, 2, 0, DEADLINE_S, RETRY_S)
+
+def test_a_sample_is_fair_and_follows_from_the_run_and_the_round() -> None:
+    """Four of ten: everyone 400 times in 1000 rounds, within five standard deviations of 15.5."""
+    sampled = replace(SMALL, participants=4, sampling_key=b"a run")
+    room = frozenset(range(1, 11))
+    drawn = [rounds._chosen(sampled, round_index, room) for round_index in range(1000)]
+    assert all(len(set(one)) == 4 for one in drawn)
+    for worker in room:
+        assert abs(sum(worker in one for one in drawn) - 400) < 78
+    other = replace(sampled, sampling_key=b"another")
+    assert [rounds._chosen(other, r, room) for r in range(1000)] != drawn
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sets(st.integers(1, 99), min_size=5), st.integers(1, 9))
+def test_who_leaves_changes_a_sample_by_one(room: set[int], count: int) -> None:
+    sampled = replace(SMALL, participants=count)
+    before = rounds._chosen(sampled, 1, frozenset(room))
+    gone = before[0]
+    after = rounds._chosen(sampled, 1, frozenset(room - {gone}))
+    assert set(before) - {gone} <= set(after)
+
+
+SECONDS: Final = st.floats(0.0, DEADLINE_S)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(SECONDS, min_size=8, max_size=64), st.floats(0.5, 10), st.data())
+def test_a_minority_does_not_choose_the_deadline(
+    took: list[float], k: float, data: st.DataObject
+) -> None:
+    """However fast or slow it answers, it stays between what honest answers alone could give."""
+    patient = replace(SMALL, deadline_k=k)
+    honest = took[len(took) // 3 :]
+    liars = data.draw(st.lists(SECONDS, min_size=len(took) // 3, max_size=len(took) // 3))
+    found = rounds._patience(patient, State(answers=(*liars, *honest)))
+    shortest = max(2 * min(honest), rounds.SHORTEST_DEADLINE_S)
+    longest = max(honest) + k * (max(honest) - min(honest))
+    longest = max(longest, 2 * max(honest), rounds.SHORTEST_DEADLINE_S)
+    assert min(shortest, DEADLINE_S) <= found + 1e-9
+    assert found <= min(longest, DEADLINE_S) + 1e-9
+
+
+def test_a_deadline_of_seven_answers_or_of_no_k_is_the_runs() -> None:
+    assert rounds._patience(replace(SMALL, deadline_k=3.0), State(answers=(0.1,) * 7)) == DEADLINE_S
+    assert rounds._patience(SMALL, State(answers=(0.1,) * 64)) == DEADLINE_S
+
+
+# ------------------------------------------------------------- what callers rely on
 
 
 def committing() -> State:
