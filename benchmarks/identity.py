@@ -114,6 +114,11 @@ def prepare(folder: Path, names: list[str]) -> tuple[RunConfig, dict[str, Creden
         sequencer.admit(hello(config, name, 0))
     entries, head = len(store), store.head()
     store.close()
+    return config, enrolled(folder, names), entries, head
+
+
+def enrolled(folder: Path, names: list[str]) -> dict[str, Credentials]:
+    """Make members of the run in a folder, without invitations."""
     admission = Admission.create_or_open(folder / f"{NAME}.identity", NAME)
     made = {}
     for name in names:
@@ -124,7 +129,7 @@ def prepare(folder: Path, names: list[str]) -> tuple[RunConfig, dict[str, Creden
         path, authority = folder / name, admission.authority.certificate
         made[name] = Credentials(path, key, certificate, authority, subject)
     admission.close()
-    return config, made, entries, head
+    return made
 
 
 def served(folder: Path, *flags: str) -> Coordinator:

@@ -25,7 +25,8 @@ from lorand.v1 import ledger_pb2_grpc as ledger_service
 BACKOFF_FIRST_S: Final = 0.2
 BACKOFF_LARGEST_S: Final = 3.0
 
-Connect = Callable[[], grpc.aio.Channel]
+Connect = Callable[[str], grpc.aio.Channel]
+"""Opens a channel for the worker of a name."""
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Federation:
     """Workers of one run, on this process's event loop."""
 
     def __init__(self, config: RunConfig, identity: Identity, connect: Connect) -> None:
-        """`connect` opens a channel of its own."""
+        """`connect` opens a channel of its own for each."""
         self.seen = Seen()
         self._config, self._connect = config, connect
         self._origin: Position = ledger.origin(config, identity)
@@ -71,6 +72,10 @@ class Federation:
     def start(self, names: list[str]) -> None:
         """Start so many workers."""
         self._tasks += [asyncio.create_task(self._live(name)) for name in names]
+
+    def __len__(self) -> int:
+        """Number of workers."""
+        return len(self._tasks)
 
     async def stop(self) -> None:
         """End all workers."""
@@ -91,7 +96,7 @@ class Federation:
         """Stay connected: who is sent away or loses its stream comes back with full jitter."""
         wait = BACKOFF_FIRST_S
         while True:
-            channel = self._connect()
+            channel = self._connect(name)
             try:
                 if await self._take_part(name, channel):
                     wait = BACKOFF_FIRST_S
@@ -175,7 +180,6 @@ class Federation:
         )
 
 
-def insecure(address: str) -> Connect:
-    """Return what opens a connection without TLS."""
-    options = [*transport.channel_options(), ("grpc.use_local_subchannel_pool", 1)]
-    return lambda: grpc.aio.insecure_channel(address, options)
+def options() -> list[tuple[str, int]]:
+    """Return a channel's options: a worker's, and no connection shared with another."""
+    return [*transport.channel_options(), ("grpc.use_local_subchannel_pool", 1)]
