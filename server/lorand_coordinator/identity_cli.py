@@ -164,8 +164,10 @@ def rotate(
     host_name: HostNames = None,
     json_output: Json = False,
 ) -> None:
-    """Replace the coordinator's keys and certificates; one that serves takes them at once."""
+    """Replace the coordinator's keys and certificates; `serve` takes them when it starts again."""
     with _opened(run, identity_dir) as found:
         names = found.rotate(host_name or [])
-    text = f"new certificate for {', '.join(names)}; members need not do anything"
+    text = (
+        f"new certificate for {', '.join(names)}: start `serve` again; members need not do anything"
+    )
     typer.echo(json.dumps({"names": names}) if json_output else text)

@@ -1,13 +1,26 @@
 """Members of a run as real processes: enrolment, work, revocation, rotation, over TLS."""
 
+import json
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests import tiny
-from tests.commands import Command, MakeRoom, Room, committed, free_port, status, wait_for
+from tests.commands import (
+    ENVIRONMENT,
+    ROOT,
+    Command,
+    MakeRoom,
+    Room,
+    committed,
+    free_port,
+    status,
+    wait_for,
+)
 
 from lorand.credentials import Credentials
 
@@ -144,3 +157,20 @@ def test_commands_that_are_refused_say_what_to_do(make_room: MakeRoom) -> None:
     code, said = room.failure("lr-worker", "join", *away, "--data", room.data["hotels"])
     assert code == 2
     assert "10.0.0.1 is not this machine" in said
+
+
+@pytest.mark.slow
+def test_a_thousand_members_come_at_once() -> None:
+    """As after a crash: credentials that follow their file ended the coordinator here."""
+    command = [sys.executable, "-m", "benchmarks.identity", "--way", "mutual_tls"]
+    done = subprocess.run(
+        [*command, "--streams", "1000"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["open_ms"] > 0

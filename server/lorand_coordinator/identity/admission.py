@@ -7,7 +7,6 @@ members.db      members and open invitations
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -99,7 +98,7 @@ class Admission:
     def rotate(self, names: Sequence[str]) -> list[str]:
         """Replace the coordinator's keys and certificates; return the names certified.
 
-        A coordinator that serves takes them with the next connection. Raises ConfigError.
+        A coordinator that serves takes them when it is started again. Raises ConfigError.
         """
         path = self.folder / "server.pem"
         wanted = _with_local(names or _names(path))
@@ -150,30 +149,16 @@ class Admission:
         return enrolment.Enrolment(self.authority, self.members)
 
     def server_credentials(self, *, ask: bool) -> grpc.ServerCredentials:
-        """Return what gRPC needs to show server.pem, also a later one (`rotate`).
+        """Return what gRPC needs to show server.pem as it is now.
 
-        With `ask`, callers must show a certificate of this run's authority.
+        With `ask`, callers must show a certificate of this run's authority. Not gRPC's dynamic
+        credentials, which would follow the file: handshakes use the old certificate's memory while
+        another thread replaces it, and a thousand workers that come back at once end the process.
         """
-        path = self.folder / "server.pem"
+        key, certificate = read_pair(self.folder / "server.pem")
+        pairs = [(key_pem(key), pem(certificate))]
         authority = pem(self.authority.certificate) if ask else None
-        seen = path.stat().st_mtime_ns
-
-        def configuration() -> grpc.ServerCertificateConfiguration:
-            key, certificate = read_pair(path)
-            pairs = [(key_pem(key), pem(certificate))]
-            return grpc.ssl_server_certificate_configuration(pairs, authority)
-
-        shown = configuration()
-
-        def newest() -> grpc.ServerCertificateConfiguration:
-            nonlocal seen, shown
-            with suppress(OSError, ConfigError):  # then the last one serves until it is readable
-                found = path.stat().st_mtime_ns
-                if found != seen:
-                    shown, seen = configuration(), found
-            return shown
-
-        return grpc.dynamic_ssl_server_credentials(shown, newest, ask)
+        return grpc.ssl_server_credentials(pairs, authority, ask)
 
 
 def _with_local(names: Sequence[str]) -> list[str]:
