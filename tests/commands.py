@@ -16,11 +16,10 @@ from typing import Any, Final, Protocol, Self
 import grpc
 from tests import tiny
 
-from lorand import ledger
 from lorand.config import RunConfig
 from lorand.v1 import status_pb2 as pb
 from lorand.v1 import status_pb2_grpc as service
-from lorand_coordinator import show
+from lorand_coordinator import show, verification
 
 BIN: Final = Path(sys.executable).parent
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -258,9 +257,9 @@ class Room:
 
     def export(self) -> Path:
         """Export the ledger, checked, in this process; return the file."""
-        show.verify(self.ledger)
+        verification.verify(self.ledger)
         exported = self.folder / "exported.bin"
-        ledger.write_file(exported, show.bodies(self.ledger))
+        show.export(self.ledger, exported)
         return exported
 
 

@@ -16,13 +16,13 @@ from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
+from lorand import durable
 from lorand.config import RunConfig
 from lorand.errors import BudgetSpent, LorandError
 from lorand.privacy import accountant, plan
 from lorand.privacy.accountant import Release
 from lorand.privacy.mechanism import Mechanism
 from lorand.v1 import ledger_pb2 as pb
-from lorand_worker import durable
 from lorand_worker.feedback import Place
 
 FORMAT: Final = "lorand/budget/v1"

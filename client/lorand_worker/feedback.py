@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from lorand import durable
 from lorand.codec import Floats
 from lorand.directions import Indices
 from lorand.errors import LorandError
 from lorand.v1 import ledger_pb2 as pb
-from lorand_worker import durable
 
 FORMAT: Final = "lorand/feedback/v1"
 

@@ -16,15 +16,24 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.live import Live
 
-from lorand import ledger, runfile, transport
+from lorand import runfile, transport
 from lorand.config import RunConfig, load
-from lorand.errors import ConfigError, ConnectionLost, LedgerError, LorandError
+from lorand.errors import ConfigError, ConnectionLost, LorandError
 from lorand.manifest import Identity
 from lorand.privacy import plan
 from lorand.privacy.roster import Roster
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
-from lorand_coordinator import diagnostics, history, payoff, presets, refinement, show
+from lorand_coordinator import (
+    diagnostics,
+    history,
+    ledger_cli,
+    payoff,
+    presets,
+    refinement,
+    show,
+    signing,
+)
 from lorand_coordinator.hub import Hub
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.service import serve as serve_hub
@@ -40,12 +49,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-ledger_app = typer.Typer(help="Read a ledger file.", no_args_is_help=True)
-app.add_typer(ledger_app, name="ledger")
+app.add_typer(ledger_cli.app, name="ledger")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Address = Annotated[str, typer.Argument(help="HOST:PORT of a running coordinator.")]
-LedgerFile = Annotated[Path, typer.Argument(help="A ledger (SQLite), or an exported one.")]
 TIMEOUT_S = 5.0
 
 
@@ -78,6 +85,10 @@ def serve(
     run: Annotated[Path, typer.Argument(help="The run file.")],
     address: Annotated[str, typer.Option(help="HOST:PORT; port 0 picks a free one.")] = "",
     ledger_path: Annotated[Path | None, typer.Option("--ledger", help="The ledger file.")] = None,
+    signing_key: Annotated[
+        Path | None,
+        typer.Option(help="The key that signs the ledger; default: beside it; made if need be."),
+    ] = None,
     roster: Annotated[
         Path | None,
         typer.Option(help="Secure sums: the members' roster; default: roster.json by the run."),
@@ -119,7 +130,8 @@ def serve(
     path = ledger_path or Path(config.service.ledger or run.with_name(f"{config.run.name}.ledger"))
     store = SqliteStore(path)
     try:
-        asyncio.run(_serve(Sequencer(config, store, identity, summing), json_output))
+        key = signing.key_at(signing_key or signing.key_beside(path))
+        asyncio.run(_serve(Sequencer(config, store, identity, summing, key), json_output))
     finally:
         store.close()
 
@@ -142,6 +154,7 @@ def _summing(config: RunConfig, roster: Path) -> Summing | None:
 
 async def _serve(sequencer: Sequencer, json_output: bool) -> None:
     config = sequencer.config
+    key = sequencer.key.public if sequencer.key else b""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -149,11 +162,13 @@ async def _serve(sequencer: Sequencer, json_output: bool) -> None:
 
     def ready(bound: str) -> None:
         if json_output:
-            out(json.dumps({"event": "listening", "address": bound, "run": config.run.name}))
+            told = {"event": "listening", "address": bound, "run": config.run.name}
+            out(json.dumps({**told, "key": key.hex()}))
         else:
             out(
                 f"run {config.run.name!r}: {sequencer.engine.committed} of {config.run.rounds} "
-                f"rounds committed, {len(sequencer.store)} entries; listening on {bound}"
+                f"rounds committed, {len(sequencer.store)} entries; listening on {bound}\n"
+                f"its ledger is signed by {key.hex()}"
             )
         sys.stdout.flush()
 
@@ -263,59 +278,6 @@ def refine(path: LedgerInUse, json_output: Json = False) -> None:
         out(f"# from {done} rounds: of the rest of the run nothing is known yet")
     out(f"# refined from the {norm} norms of {len(observed)} rounds; for a run with another name")
     out(runfile.lines({"optimizer": settings}))
-
-
-@ledger_app.command()
-def verify(path: LedgerFile, json_output: Json = False) -> None:
-    """Check the hash chain, every delta and every stored contribution; print the head."""
-    position, checked = show.verify(path)
-    result: dict[str, Any] = {
-        "entries": position.next_sequence,
-        "committed": position.committed,
-        "finished": position.finished,
-        "contributions_checked": checked,
-        "head": position.head.hex(),
-        "run": position.run_digest.hex(),
-        "coefficients_digest": ledger.coefficients_digest(position.coefficients).hex(),
-    }
-    if json_output:
-        out(json.dumps(result))
-        return
-    out(
-        f"whole: {result['entries']} entries, {result['committed']} rounds committed, "
-        f"{checked} contributions checked\nhead {result['head']}"
-    )
-
-
-@ledger_app.command("show")
-def show_entries(
-    path: LedgerFile,
-    last: Annotated[int, typer.Option(min=1, help="How many entries.")] = 20,
-    json_output: Json = False,
-) -> None:
-    """Print the last entries, one a line."""
-    for row in show.rows(path, last):
-        out(json.dumps(row) if json_output else show.line(row))
-
-
-@ledger_app.command()
-def export(
-    path: LedgerFile,
-    target: Annotated[Path, typer.Argument(help="Where to write it.")],
-    json_output: Json = False,
-) -> None:
-    """Write a portable ledger file, for `lr-worker replay` and for archives."""
-    count = 0
-    try:
-        count = ledger.write_file(target, show.bodies(path))
-    except OSError as error:
-        raise LedgerError(f"cannot write {target}: {error}") from error
-    size = target.stat().st_size
-    out(
-        json.dumps({"entries": count, "bytes": size, "path": str(target)})
-        if json_output
-        else f"wrote {count} entries, {size:,} bytes, to {target}"
-    )
 
 
 def main() -> None:

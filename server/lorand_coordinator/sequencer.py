@@ -12,12 +12,13 @@ from typing import Final
 
 import numpy as np
 
-from lorand import ledger
+from lorand import heads, ledger
 from lorand.codec import SCALE_EXPONENTS
 from lorand.config import RunConfig
 from lorand.errors import ContributionError, HandshakeError, LedgerError
 from lorand.ledger import Position
 from lorand.manifest import Identity, Manifest
+from lorand.privacy.primitives import IdentityKey
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import (
@@ -78,15 +79,17 @@ class Sequencer:
         store: Store,
         identity: Identity | None,
         summing: Summing | None = None,
+        key: IdentityKey | None = None,
     ) -> None:
         """Open the run in the store, or begin it there when the identity is known.
 
-        `summing` is what makes the noisy sums of a run that keeps nothing else. Raises LedgerError
-        when the store holds another run.
+        `summing` is what makes the noisy sums of a run that keeps nothing else; `key` signs what is
+        written. Raises LedgerError when the store holds another run.
         """
         assert config.privacy.summed == (summing is not None)
         self.config = config
         self.store = store
+        self.key = key
         self.tally = Tally()
         self.recent = diagnostics.Recent(config)
         self.reason = ""
@@ -115,6 +118,7 @@ class Sequencer:
     def _begin(self, identity: Identity) -> None:
         """Write entry 0."""
         origin = ledger.origin(self.config, identity)
+        self.store.signer = heads.signer(self.key, origin.run_digest)
         body, _ = self.store.append(ledger.start_entry(self.config, identity))
         self._position = ledger.apply(origin, body)
 
@@ -132,6 +136,7 @@ class Sequencer:
                 "run.lock names another base model, tokenizer or trainable set than the ledger; "
                 "restore the run.lock of this run, or use another ledger file for a new run"
             )
+        self.store.signer = heads.signer(self.key, start.run_digest)
         position = start
         checkpoint = self.store.newest_checkpoint()
         if checkpoint is not None:

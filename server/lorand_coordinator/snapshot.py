@@ -91,5 +91,6 @@ def resumed(start: Position, checkpoint: Checkpoint, store: Store) -> tuple[Posi
         checkpoint.sequence + 1,
         checkpoint.head,
         checkpoint.committed,
+        tree=store.tree.frontier(checkpoint.sequence + 1),
     )
     return position, unpack_state(checkpoint.state, coefficients, checkpoint.committed)

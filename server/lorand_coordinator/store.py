@@ -1,18 +1,21 @@
 """Where the ledger lives: one SQLite file, durable before anyone sees an entry.
 
 WAL with synchronous=FULL, one transaction an entry with its contributions. The hash chain is
-computed here and checked as a whole when the file is opened.
+computed here and checked as a whole when the file is opened. A signature of the history up to an
+entry, where there is a signer, is in the entry's transaction.
 """
 
 import fcntl
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
+from lorand import merkle
 from lorand.errors import LedgerError
+from lorand.heads import Head, Signature
 from lorand.ledger import GENESIS, entry_digest
 from lorand.v1 import ledger_pb2 as pb
 
@@ -23,11 +26,17 @@ CREATE TABLE IF NOT EXISTS entry (
 CREATE TABLE IF NOT EXISTS contribution (
     sequence INTEGER NOT NULL, position INTEGER NOT NULL, body BLOB NOT NULL,
     PRIMARY KEY (sequence, position)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS signature (
+    sequence INTEGER PRIMARY KEY, key BLOB NOT NULL, value BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS checkpoint (
     sequence INTEGER PRIMARY KEY, head BLOB NOT NULL, committed INTEGER NOT NULL,
     coefficients BLOB NOT NULL, state BLOB NOT NULL);
 """
 _APPLICATION_ID: Final = 0x4C6F5261  # "LoRa": marks the file as a LoRand ledger
+
+
+Signer = Callable[[Head], Signature]
+"""Signs the history that ends with the entry about to be written."""
 
 
 class StoreUnavailable(LedgerError):
@@ -46,7 +55,13 @@ class Checkpoint:
 
 
 class Store(Protocol):
-    """An append-only, hash-chained list of entries, their contributions, and checkpoints."""
+    """An append-only, hash-chained list of entries, their contributions, and checkpoints.
+
+    `tree` has the hash of every entry; `signer`, where set, signs every history that is written.
+    """
+
+    tree: merkle.Tree
+    signer: Signer | None
 
     def append(self, entry: pb.Entry, contributions: Sequence[bytes] = ()) -> tuple[bytes, bytes]:
         """Give the entry its sequence and make it durable; return (body, digest).
@@ -69,6 +84,9 @@ class Store(Protocol):
     def contributions(self, sequence: int) -> list[bytes]:
         """Return the contributions stored with a commit."""
 
+    def signature(self, sequence: int) -> Signature | None:
+        """Return the signature of the history that an entry ends, if it was signed."""
+
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Keep a checkpoint, and of the older ones only the one before."""
 
@@ -84,6 +102,7 @@ class SqliteStore:
 
     def __init__(self, path: Path | str, *, read_only: bool = False) -> None:
         """Open or create. Raises LedgerError when it is in use, damaged or no ledger."""
+        self.signer: Signer | None = None
         self._path = str(path)
         self._lock: IO[bytes] | None = None
         if read_only and not Path(path).exists():
@@ -125,6 +144,7 @@ class SqliteStore:
             database.executescript(_SCHEMA)
 
     def _check_chain(self) -> bytes:
+        self.tree = merkle.Tree()
         head, count = GENESIS, 0
         rows = self._database.execute("SELECT sequence, body, digest FROM entry ORDER BY sequence")
         for sequence, body, digest in rows:
@@ -134,6 +154,7 @@ class SqliteStore:
                     f"{self._path}: the hash chain breaks at entry {count}; the file was damaged "
                     "or edited: restore it from a backup"
                 )
+            self.tree.add(merkle.leaf_hash(body))
             head, count = digest, count + 1
         self._check_end(count)
         self._count = count
@@ -158,7 +179,7 @@ class SqliteStore:
         numbered.CopyFrom(entry)
         numbered.sequence = self._count
         body = numbered.SerializeToString(deterministic=True)
-        digest = entry_digest(self._head, body)
+        digest, leaf = entry_digest(self._head, body), merkle.leaf_hash(body)
         try:
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")
@@ -169,10 +190,18 @@ class SqliteStore:
                     "INSERT INTO contribution VALUES (?, ?, ?)",
                     [(self._count, i, part) for i, part in enumerate(contributions)],
                 )
+                if self.signer is not None:
+                    root = self.tree.frontier().add(leaf).root()
+                    signature = self.signer(Head(self._count + 1, root, digest))
+                    self._database.execute(
+                        "INSERT INTO signature VALUES (?, ?, ?)",
+                        (self._count, signature.key, signature.value),
+                    )
         except sqlite3.Error as error:
             if not self._has(digest):
                 raise StoreUnavailable(f"{error}; free space at {self._path}") from error
         self._head, self._count = digest, self._count + 1
+        self.tree.add(leaf)
         return body, digest
 
     def _has(self, digest: bytes) -> bool:
@@ -223,6 +252,13 @@ class SqliteStore:
             "SELECT body FROM contribution WHERE sequence = ? ORDER BY position", sequence
         )
         return [bytes(body) for (body,) in rows]
+
+    def signature(self, sequence: int) -> Signature | None:
+        """See Store."""
+        if not self._rows("SELECT 1 FROM sqlite_master WHERE name = 'signature'"):
+            return None  # a ledger from before there were signatures, opened for reading
+        rows = self._rows("SELECT key, value FROM signature WHERE sequence = ?", sequence)
+        return Signature(bytes(rows[0][0]), bytes(rows[0][1])) if rows else None
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """See Store."""

@@ -1,7 +1,7 @@
 """Merkle trees against the recursive definitions of RFC 9162, and proofs that must not pass."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import pytest
@@ -147,10 +147,11 @@ def test_a_proof_of_something_else_does_not_pass(data: st.DataObject) -> None:
     old, index = data.draw(st.integers(1, new)), data.draw(st.integers(0, new - 1))
     proofs = FULL.consistency(old, new), FULL.inclusion(index, new)
     leaf, roots = leaf_hash(ENTRIES[index]), (FULL.root(old), FULL.root(new))
-    for proof, passes in (
+    tries: list[tuple[list[bytes], Callable[[list[bytes]], bool]]] = [
         (proofs[0], lambda p: merkle.extends(old, roots[0], new, roots[1], p)),
         (proofs[1], lambda p: merkle.includes(leaf, index, new, p, roots[1])),
-    ):
+    ]
+    for proof, passes in tries:
         assert passes(proof)
         place = data.draw(st.integers(0, len(proof)))
         changed = [bytes([h[0] ^ (n == place)]) + h[1:] for n, h in enumerate(proof)]

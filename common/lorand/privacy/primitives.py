@@ -1,4 +1,4 @@
-"""All cryptography of the secure sum: calls of the `cryptography` library, nothing of our own.
+"""All cryptography of secure sums and signed ledgers: calls of the `cryptography` library, nothing of our own.
 
 Signatures are Ed25519 (RFC 8032), key agreement is X25519 (RFC 7748), keys are derived with
 HKDF-SHA256 (RFC 5869) and masks are the stream of ChaCha20 (RFC 8439). Private keys come from the
@@ -8,22 +8,16 @@ operating system's randomness.
 from typing import Final, NoReturn
 
 import numpy as np
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
 from lorand.errors import ConfigError, HandshakeError
 
-try:
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import (
-        Ed25519PrivateKey,
-        Ed25519PublicKey,
-    )
-    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
-    from cryptography.hazmat.primitives.hashes import SHA256
-    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-except ImportError as error:
-    raise ConfigError("the secure sum needs: pip install 'lorand[secure-sum]'") from error
 
 KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
