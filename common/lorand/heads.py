@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
+from lorand import strict_json
 from lorand.errors import ConfigError, LedgerError
 from lorand.merkle import HASH_BYTES
 from lorand.privacy.primitives import KEY_BYTES, SIGNATURE_BYTES, IdentityKey, signed_by
@@ -108,7 +109,7 @@ class KeptHead:
     def from_json(cls, text: str | bytes) -> "KeptHead":
         """Return it, its signature checked. Raises LedgerError when it is damaged."""
         try:
-            content: dict[str, Any] = json.loads(text)
+            content: dict[str, Any] = strict_json.loads(text)
             if content["format"] != FORMAT:
                 raise ValueError("it is of another format")
             size = content["size"]
@@ -122,5 +123,5 @@ class KeptHead:
             if not kept.signature.is_of(run, kept.head):
                 raise ValueError("its signature is not of what it says")
             return kept
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise LedgerError(f"this is no head of a ledger: {error}") from error
