@@ -9,8 +9,12 @@ from typing import Final
 import pytest
 from tests.contracts.store_cases import assert_whole, checkpoint, commit, fill, rows
 
+from lorand import heads, merkle
 from lorand.errors import LedgerError
+from lorand.heads import Head
 from lorand.ledger import GENESIS, entry_digest, parse
+from lorand.merkle import Frontier
+from lorand.privacy.primitives import IdentityKey
 from lorand_coordinator.store import PAGE, Checkpoint, SqliteStore, Store, StoreUnavailable
 
 OPEN: Final[dict[str, Callable[[Path], Store]]] = {
@@ -123,6 +127,32 @@ def test_an_entry_that_is_not_there_is_our_error(store: Store) -> None:
     fill(store, 2)
     with pytest.raises(LedgerError, match="has no entry 2"):
         store.digest(2)
+
+
+# ------------------------------------------------------------- signed histories
+
+
+def test_the_tree_has_every_entry(store: Store) -> None:
+    frontier = Frontier()
+    for number, body in enumerate(fill(store, 5), start=1):
+        frontier = frontier.add(merkle.leaf_hash(body))
+        assert store.tree.root(number) == frontier.root()
+    assert len(store.tree) == 5
+
+
+def test_every_history_is_signed_from_when_there_is_a_signer(store: Store) -> None:
+    fill(store, 2)
+    key = IdentityKey(bytes(range(32)))
+    store.signer = heads.signer(key, bytes(32))
+    fill(store, 3)
+    for sequence in range(5):
+        signature = store.signature(sequence)
+        assert (signature is not None) == (sequence >= 2)
+        if signature is not None:
+            size = sequence + 1
+            head = Head(size, store.tree.root(size), store.digest(sequence))
+            assert signature == heads.sign(key, bytes(32), head)
+    assert store.signature(5) is None
 
 
 # ------------------------------------------------------------- a commit that goes wrong
