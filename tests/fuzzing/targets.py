@@ -109,6 +109,7 @@ def ledger_targets(folder: Path) -> list[Target]:
             "an exported ledger",
             files,
             in_file(folder / "fuzzed", lambda path: list(ledger.read_file(path))),
+            0.4,
         ),
         Target(
             "a ledger to verify",
@@ -261,6 +262,7 @@ def file_targets(folder: Path) -> list[Target]:
             "a privacy budget",
             [budget._written(account)],
             in_file(folder / "budget.json", budget.read),
+            0.4,
         ),
         Target(
             "error feedback",
@@ -276,7 +278,7 @@ def file_targets(folder: Path) -> list[Target]:
         ),
         Target("an adapter's config", *_adapter_config(saved, folder), 0.05),
         Target(
-            "a CSV file", [csv], in_file(folder / "d.csv", lambda path: data.load(path, task)), 0.5
+            "a CSV file", [csv], in_file(folder / "d.csv", lambda path: data.load(path, task)), 0.3
         ),
         Target(
             "a JSONL file",
