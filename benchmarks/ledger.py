@@ -1,8 +1,8 @@
 """What signing a ledger costs: time an entry, bytes on the disk and bytes to a worker.
 
-Claims: signing every entry adds less than 0.1 ms to making it durable (the file's fsync: 0.4 ms on
-an idle disk, 4 to 8 ms on a busy one), and a worker's checks add less than 16 bytes a round, so that
-a round's messages keep their bounds (tests/end_to_end/test_bytes.py).
+Claims: signing every entry adds less than 0.1 ms to making it durable, whatever the disk takes for
+that, and a worker's checks add less than 16 bytes a round, so that a round's messages keep their
+bounds (tests/end_to_end/test_bytes.py).
 
 Times are medians over entries, `append_*` of wall-clock time with the file's fsync (a commit of 8
 codes), the others of processor time. `check_bytes_a_round` are a worker's requests and answers,
