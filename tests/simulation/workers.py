@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import grpc
 import numpy as np
 from tests.runs import IDENTITY
 from tests.simulation.network import Stream
@@ -232,7 +233,9 @@ class LocalLink(links.Link):
         return _items(service.Ledger(self._hub()).GetCheckpoint(request, cast(Any, None)))
 
     def GetHead(self, request: pb.GetHeadRequest, timeout: float) -> pb.GetHeadResponse:
-        """See ledger.proto."""
+        """See ledger.proto. A worker asks in the middle of a stream, whoever is gone by then."""
+        if self._world.coordinator.hub is None:
+            raise grpc.RpcError("nobody answers")
         return _result(service.Ledger(self._hub()).GetHead(request, cast(Any, None)))
 
     def ReadEntries(
