@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from lorand import ledger
 from lorand.errors import LedgerError
-from lorand_coordinator import backup, cli, ledgers, show
+from lorand_coordinator import backup, cli, ledgers, show, verification
 from lorand_coordinator.ledgers import Location
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.store import SqliteStore, Store
@@ -77,7 +77,7 @@ def test_a_backup_is_everything_and_a_run_goes_on_with_it(source: Location, tmp_
     assert sorted(path.name for path in tmp_path.glob("copy*")) == ["copy.ledger"]
     assert position.committed == ROUNDS
     assert everything(copy) == everything(source)
-    assert show.verify(copy)[1] == 2 * ROUNDS
+    assert verification.verify(copy).contributions == 2 * ROUNDS
     with closing(SqliteStore(":memory:")) as uninterrupted:
         expected = take_rounds(uninterrupted, 1, ROUNDS + 3)
     with closing(SqliteStore(copy)) as store:
