@@ -217,6 +217,22 @@ def test_a_key_that_cannot_be_used_is_our_error(tmp_path: Path) -> None:
         signing.key_at(path / "below")
 
 
+def test_several_coordinators_have_one_key(tmp_path: Path) -> None:
+    """Who writes first makes it; whoever has another one, or none, is told what to copy."""
+    path, other = tmp_path / "a.key", tmp_path / "b.key"
+    with closing(SqliteStore(":memory:")) as empty:
+        first = signing.shared_key(path, empty)
+    with closing(store_of(BODIES, first, ":memory:")) as store:
+        assert signing.shared_key(path, store).public == first.public
+        theirs = f"signed by {first.public.hex()}"
+        with pytest.raises(LedgerError, match=rf"{theirs}, and there is no key at .*b\.key; copy"):
+            signing.shared_key(other, store)
+        assert not other.exists()
+        second = signing.key_at(other).public.hex()
+        with pytest.raises(LedgerError, match=rf"{theirs}, and .*b\.key is the key {second}; copy"):
+            signing.shared_key(other, store)
+
+
 @pytest.mark.parametrize(
     ("request_", "key", "why"),
     [
