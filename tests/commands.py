@@ -16,12 +16,12 @@ from typing import Any, Final, Protocol, Self
 import grpc
 from tests import tiny
 
-from lorand import credentials, ledger
+from lorand import credentials
 from lorand.config import RunConfig
 from lorand.credentials import Credentials
 from lorand.v1 import status_pb2 as pb
 from lorand.v1 import status_pb2_grpc as service
-from lorand_coordinator import show
+from lorand_coordinator import show, verification
 from lorand_coordinator.ledgers import Location
 
 BIN: Final = Path(sys.executable).parent
@@ -274,9 +274,9 @@ class Room:
 
     def export(self, location: Location | None = None) -> Path:
         """Export the ledger, checked, in this process; return the file."""
-        show.verify(location or self.ledger)
+        verification.verify(location or self.ledger)
         exported = self.folder / "exported.bin"
-        ledger.write_file(exported, show.bodies(location or self.ledger))
+        show.export(location or self.ledger, exported)
         return exported
 
 

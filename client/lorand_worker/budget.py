@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
-from lorand import durable, schedules
+from lorand import durable, schedules, strict_json
 from lorand.config import RunConfig
 from lorand.errors import BudgetSpent, LorandError
 from lorand.privacy import accountant, diff2, plan
@@ -260,7 +260,7 @@ def _with_restarts(account: Account, config: RunConfig, restarts: Restarts) -> A
 def read(path: Path) -> Account:
     """Return the account in a file. Raises LorandError when it cannot be relied upon."""
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        content: dict[str, Any] = strict_json.loads(path.read_bytes())
         if content.pop("format") != FORMAT:
             raise ValueError("it is of another format")
         answer = content.pop("answer")

@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 from rich.console import Console
 
+from lorand import heads
 from lorand.config import RunConfig, load
 from lorand.durable import state_folder
 from lorand.errors import ConfigError, LorandError
@@ -23,6 +24,7 @@ from lorand_worker.flags import (
     CacheDir,
     CacheDisk,
     CacheMemory,
+    CoordinatorKey,
     CredentialsFile,
     Data,
     Device,
@@ -181,6 +183,7 @@ def join(
     roster: RosterFile = None,
     min_members: MinMembers = 0,
     state: State = None,
+    coordinator_key: CoordinatorKey = "",
     output: Annotated[Path | None, typer.Option(help="Write the adapter here at the end.")] = None,
     json_output: Json = False,
 ) -> None:
@@ -197,6 +200,7 @@ def join(
     from lorand_worker.spending import open_budget
     from lorand_worker.tasks import Forward
 
+    known_key = heads.public_key(coordinator_key) if coordinator_key else None
     _set_threads(threads)
     report = _reporter(json_output)
     link = connecting.connect(address, give_up_s, credentials_file, insecure, state)
@@ -243,7 +247,10 @@ def join(
             pinned = Pinned(identity, roster, min_members)
             multiplier = budget.account.release.multiplier
             member = member_of(pinned, config, base.identity, who, multiplier)
-        session = Session(link, config, base.identity, bench, who, report, folder, budget, member)
+        session = Session(
+            *(link, config, base.identity, bench, who, report, folder, budget, member),
+            coordinator_key=known_key,
+        )
         participant = session.run()
         report.close()
         if output is not None:

@@ -136,7 +136,7 @@ def _json_lines(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict[str
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: each line must be one JSON object")

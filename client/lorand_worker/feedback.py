@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from lorand import durable
+from lorand import durable, strict_json
 from lorand.codec import Floats
 from lorand.directions import Indices
 from lorand.errors import LorandError
@@ -128,7 +128,7 @@ class FileMemory(Memory):
 
     def _read(self) -> None:
         with safe_open(self._place.path, "numpy") as file:
-            header = json.loads(file.metadata()["lorand"])
+            header = strict_json.loads(file.metadata()["lorand"])
             if {**header, **self._owner()} != header:
                 raise ValueError("it is of another run or worker")
             feedback, after = file.get_tensor("feedback"), file.get_tensor("awaited")

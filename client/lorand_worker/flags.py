@@ -90,11 +90,19 @@ MinMembers = Annotated[
     int,
     typer.Option(min=0, max=32, help="Secure sums: the fewest members to be summed with."),
 ]
+CoordinatorKey = Annotated[
+    str,
+    typer.Option(
+        metavar="HEX",
+        help="The public key that the run's ledger is signed by, as `lr-coordinator serve` prints "
+        "it; default: the first one seen, kept in --state.",
+    ),
+]
 State = Annotated[
     Path | None,
     typer.Option(
-        help="Folder for what must survive a restart: privacy budgets, credentials, and what codes "
-        "of local steps lost; default: ~/.local/state/lorand."
+        help="Folder for what must survive a restart: privacy budgets, credentials, what codes of "
+        "local steps lost, and the history that was seen; default: ~/.local/state/lorand."
     ),
 ]
 PublicData = Annotated[

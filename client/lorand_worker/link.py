@@ -19,6 +19,7 @@ from lorand.credentials import Credentials
 from lorand.errors import ConfigError, ConnectionLost, HandshakeError, LedgerError
 from lorand.ledger import Position
 from lorand.manifest import Identity
+from lorand.merkle import Frontier
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import coordination_pb2_grpc as coordination
 from lorand.v1 import ledger_pb2 as pb
@@ -31,7 +32,8 @@ READ_TIMEOUT_S: Final = 600.0
 EXIT_POLL_S: Final = 1.0
 REQUESTS_QUEUED: Final = 64
 FEATURES: Final = ("checkpoint", "evaluation", transport.BATCH)
-
+SIGNS: Final = "heads"
+"""The feature of a coordinator that signs its ledger."""
 REFUSALS: Final = (
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.PERMISSION_DENIED,
@@ -68,6 +70,8 @@ class Link:
         self.address, self.shown = address, shown
         self._addresses = transport.several(address)
         self.traffic = Traffic()
+        self.signs = False
+        """Whether the coordinator signs its ledger, as it said last."""
         self._give_up_s = give_up_s
         self._channel: grpc.Channel | None = None
         self._open()
@@ -155,6 +159,7 @@ class Link:
                 f"the coordinator speaks protocol version {answer.protocol_version}, this worker "
                 f"{PROTOCOL_VERSION}; install the same release of lorand on both"
             )
+        self.signs = SIGNS in answer.features
         identity = Identity.from_lock(answer.identity) if answer.identity else None
         return RunConfig.from_json(answer.config), identity
 
@@ -174,8 +179,8 @@ class Link:
             self._count(request, part)
             if part.HasField("header"):
                 header = part.header
-                if header.sequence < position.next_sequence:
-                    return position
+                if header.sequence < position.next_sequence or not header.tree:
+                    return position  # without a tree, an older coordinator's: entries tell all
             data += part.chunk
             if len(data) > 8 * size:
                 raise LedgerError("the coordinator's checkpoint is larger than this run's pool")
@@ -191,6 +196,7 @@ class Link:
             header.sequence + 1,
             header.head,
             header.committed,
+            tree=Frontier.of(header.sequence + 1, header.tree),
         )
 
     def entries(self, start: int, *, follow: bool = False) -> Iterator[bytes]:
@@ -201,6 +207,13 @@ class Link:
         for page in self._ledger.ReadEntries(request, timeout=timeout):
             self.traffic.received += page.ByteSize()
             yield from page.entries
+
+    def get_head(self, size: int, known_size: int) -> pb.GetHeadResponse:
+        """Return the signed head of so many entries, with the proof from a known one."""
+        request = pb.GetHeadRequest(size=size, known_size=known_size)
+        answer = self._ledger.GetHead(request, timeout=CALL_TIMEOUT_S)
+        self._count(request, answer)
+        return answer
 
     def post_evaluation(self, evaluation: pb.Evaluation, run_digest: bytes) -> int:
         """Append an evaluation; return its sequence."""

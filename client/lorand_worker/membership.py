@@ -1,11 +1,10 @@
 """Who this worker is in secure sums, and with whom: identity key, roster, its part in a run."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorand import ledger
+from lorand import durable, ledger
 from lorand.config import RunConfig
 from lorand.errors import ConfigError, HandshakeError
 from lorand.manifest import Identity
@@ -18,12 +17,7 @@ def new_key(path: Path) -> IdentityKey:
     """Make an identity key and keep it for its owner alone. Raises ConfigError if there is one."""
     key = IdentityKey()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(key.private_bytes())
-            file.flush()
-            os.fsync(file.fileno())
+        durable.create(path, key.private_bytes())
     except FileExistsError as error:
         raise ConfigError(
             f"{path} exists, and its public key may be in rosters: use it, or choose another name"

@@ -14,7 +14,7 @@ from lorand.codec import Codes, Floats
 from lorand.coefficients import Coefficients
 from lorand.config import RunConfig
 from lorand.directions import Indices
-from lorand.errors import ContributionError, LorandError
+from lorand.errors import ContributionError, HandshakeError, LorandError
 from lorand.ledger import Position
 from lorand.privacy.mechanism import Integers
 from lorand.subspaces import elections
@@ -174,7 +174,7 @@ class Participant:
 
         Asked again for the same round at the same place of the history (the coordinator, the
         connection or this worker with its memory came back), it repeats its answer instead of
-        measuring anew.
+        measuring anew. Raises HandshakeError for what no coordinator of this release asks.
         """
         place = (start.round_index, self.position.committed, self.worker)
         if self._answer is not None and self._answer[0] == place:
@@ -192,6 +192,11 @@ class Participant:
     def _measure(self, start: wire.RoundStart) -> Request:
         if self.worker is None:
             raise LorandError("a round began before the coordinator gave this worker a number")
+        if start.scale_exponent not in codec.SCALE_EXPONENTS:
+            raise HandshakeError(
+                f"the coordinator asks for codes in units of 2^{start.scale_exponent}, which no "
+                "codec has; install the same release of lorand on both"
+            )
         self.settle()
         config = self.position.config
         draws = self.position.draws

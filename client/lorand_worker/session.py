@@ -2,9 +2,12 @@
 
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
+
+import grpc
 
 from lorand import ledger
 from lorand.config import PROTOCOL_VERSION, RunConfig
@@ -17,12 +20,18 @@ from lorand.v1 import ledger_pb2 as pb
 from lorand_worker import feedback
 from lorand_worker.bench import ModelBench
 from lorand_worker.budget import Budget
+from lorand_worker.feedback import Place
 from lorand_worker.link import FEATURES, Link, Retry, Stream
 from lorand_worker.participant import Bench, Participant
 from lorand_worker.tasks import Score
+from lorand_worker.witness import Witness
 
 if TYPE_CHECKING:  # the library behind it is an extra
     from lorand.privacy.secure_sum import SumMember
+
+
+CHECK_EVERY: Final = 50
+"""Commits after which the coordinator is asked for its signature of the history."""
 
 
 class Reporter(Protocol):
@@ -51,14 +60,18 @@ class Session:
     """What a private run is charged to."""
     member: "SumMember | None" = None
     """This worker's part in the secure sums of a run that has them."""
+    coordinator_key: bytes | None = None
+    """The key that the ledger must be signed by; None: the first one seen."""
 
     def __post_init__(self) -> None:
         """Begin before entry 0, with a new session number."""
         self._session = secrets.randbits(63)
         start = ledger.origin(self.config, self.identity)
+        place = None if self.state is None else Place(self.state, start.run_digest, self.name)
+        key = self.coordinator_key
+        self._witness = Witness(start.run_digest, place, key, self.report.note)
         memory = None
-        if self.config.keeps_feedback and self.state is not None:
-            place = feedback.Place(self.state, start.run_digest, self.name)
+        if self.config.keeps_feedback and place is not None:
             size = self.config.directions.pool_size
             memory = feedback.FileMemory(size, place, self.report.note)
         self.participant = Participant(
@@ -82,9 +95,10 @@ class Session:
         """One connection: catch up by calls, then follow the stream until it ends."""
         if self._has_ledger():
             self._catch_up()
-            self._show()
-            if self.participant.position.finished and self.participant.worker is None:
-                return
+        self._check_history()
+        self._show()
+        if self.participant.position.finished and self.participant.worker is None:
+            return
         # Who took part says Hello also at the end of the run: there histories are compared.
         stream = self.link.participate(self._hello())
         try:
@@ -107,6 +121,14 @@ class Session:
         participant.catch_up(later)
         for body in self.link.entries(participant.position.next_sequence):
             participant.on_entry(body)
+
+    def _check_history(self) -> None:
+        """Have the coordinator sign the history so far, as one that begins with what was seen."""
+        position = self.participant.position
+        self._witness.expect(position.next_sequence, signs=self.link.signs)
+        if self.link.signs and position.next_sequence:
+            answer = self.link.get_head(position.next_sequence, self._witness.known_size)
+            self._witness.take(position.history, answer)
 
     def _has_ledger(self) -> bool:
         """Whether the run has begun: its identity may still wait for the first worker."""
@@ -148,6 +170,7 @@ class Session:
                 if entry.HasField("abandon"):
                     reason = entry.abandon.reason
                     self.report.note(f"round {entry.round_index} was abandoned: {reason}")
+                self._check_now_and_then(entry)
                 self._show()
             case "sum_keys":
                 if self.member is not None:
@@ -164,6 +187,14 @@ class Session:
                 self.report.note(
                     f"round {rejection.round_index} went on without this worker: {rejection.reason}"
                 )
+
+    def _check_now_and_then(self, entry: pb.Entry) -> None:
+        if entry.HasField("commit") and self.participant.position.committed % CHECK_EVERY == 0:
+            self._check_history()
+        if entry.HasField("finish"):
+            # The coordinator may go as soon as all have the last entry: nothing is lost by that.
+            with suppress(grpc.RpcError):
+                self._check_history()
 
     def _show(self) -> None:
         loss = self.participant.last_loss

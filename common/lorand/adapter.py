@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from lorand import strict_json
 from lorand.closed import Closed, Sparse, narrow
 from lorand.coefficients import Coefficients
 from lorand.config import RunConfig
@@ -99,7 +100,7 @@ def save(adapter: Adapter, folder: Path) -> int:
 def load(folder: Path) -> Adapter:
     """Read an adapter. Raises ModelError when it is missing or damaged."""
     try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = strict_json.loads((folder / CONFIG_FILE).read_bytes())
         if content["format"] != FORMAT:
             raise ModelError(f"{folder} has format {content['format']!r}, not {FORMAT!r}")
         tensors = load_file(folder / WEIGHTS_FILE)

@@ -374,10 +374,10 @@ class RunConfig(Section):
         """Return the config of a TOML text."""
         try:
             return RunConfig.model_validate(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{source} is not valid TOML: {error}") from error
         except ValidationError as error:
             raise ConfigError(_explain(source, error)) from error
+        except (ValueError, RecursionError) as error:  # also: a number or nesting without end
+            raise ConfigError(f"{source} is not valid TOML: {error}") from error
 
 
 def load(path: Path) -> RunConfig:

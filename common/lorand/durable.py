@@ -15,6 +15,21 @@ def replace(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+    _keep_name(path)
+
+
+def create(path: Path, content: bytes) -> None:
+    """Write a file that must not be there yet. Raises FileExistsError, OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "xb", opener=_for_its_owner) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    _keep_name(path)
+
+
+def _keep_name(path: Path) -> None:
+    """Have the loss of power spare what the folder says of a file."""
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -14,13 +14,15 @@ from typing import Final
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from lorand import codec
+from lorand import codec, merkle
 from lorand.closed import Closed, Sparse
 from lorand.coefficients import Coefficients, add, zeros
 from lorand.config import RunConfig
 from lorand.directions import Draws, Pool
 from lorand.errors import ContributionError, LedgerError
+from lorand.heads import KEY_BYTES, SIGNATURE_BYTES, Head, Signature
 from lorand.manifest import Identity, Manifest, run_digest
+from lorand.merkle import Frontier
 from lorand.subspaces import periods
 from lorand.subspaces.elections import Elections
 from lorand.v1 import ledger_pb2 as pb
@@ -28,6 +30,10 @@ from lorand.v1 import ledger_pb2 as pb
 GENESIS: Final = bytes(32)
 """The digest before entry 0."""
 FILE_MAGIC: Final = b"lorand ledger v1\n"
+SIGNED_FILE_MAGIC: Final = b"lorand ledger v2\n"
+_END: Final = bytes(4)
+"""In the place of a length, in a signed file: no entry follows, but the signature."""
+_SEAL_BYTES: Final = KEY_BYTES + SIGNATURE_BYTES
 MAX_ENTRY_BYTES: Final = 32 << 20
 
 
@@ -103,6 +109,7 @@ class Position:
     closed: Closed = field(default_factory=Closed)
     elections: Elections = field(default_factory=Elections)
     before: Coefficients | None = None
+    tree: Frontier = field(default_factory=Frontier)
 
     def pool(self, number: int) -> Pool:
         """Return a pool of the run, with the basis that directions act in."""
@@ -112,6 +119,11 @@ class Position:
     def run_digest(self) -> bytes:
         """The run's identity, 32 bytes."""
         return self.draws.run_digest
+
+    @property
+    def history(self) -> Head:
+        """The entries so far, as the coordinator signs them."""
+        return Head(self.next_sequence, self.tree.root(), self.head)
 
 
 def pool_of(
@@ -164,6 +176,7 @@ def apply(position: Position, body: bytes) -> Position:
         position,
         next_sequence=position.next_sequence + 1,
         head=entry_digest(position.head, body),
+        tree=position.tree.add(merkle.leaf_hash(body)),
     )
     if kind == "start":
         if entry != start_entry(position.config, position.identity):
@@ -228,31 +241,67 @@ def check_contributions(entry: pb.Entry, contributions: Sequence[bytes]) -> None
         )
 
 
-def write_file(path: Path, bodies: Iterable[bytes]) -> int:
-    """Write a portable ledger file: magic, then each body after its length as u32."""
+def write_file(path: Path, bodies: Iterable[bytes], signature: Signature | None = None) -> int:
+    """Write a portable ledger file: magic, then each body after its length as u32.
+
+    With a signature of the whole history it is of version 2 and ends in a length of zero, the
+    public key and the signature; without, of version 1. Returns the number of entries.
+    """
     count = 0
     with path.open("wb") as file:
-        file.write(FILE_MAGIC)
+        file.write(FILE_MAGIC if signature is None else SIGNED_FILE_MAGIC)
         for body in bodies:
             file.write(len(body).to_bytes(4, "little") + body)
             count += 1
+        if signature is not None:
+            file.write(_END + signature.key + signature.value)
     return count
+
+
+def is_file(path: Path | str) -> bool:
+    """Whether a file is a portable ledger, of either version."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(FILE_MAGIC)) in (FILE_MAGIC, SIGNED_FILE_MAGIC)
+    except OSError:
+        return False
 
 
 def read_file(path: Path) -> Iterator[bytes]:
     """Yield the bodies of a portable ledger file. Raises LedgerError when it is damaged."""
+    cut_off = LedgerError(f"{path} is cut off; export the ledger again")
     try:
         with path.open("rb") as file:
-            if file.read(len(FILE_MAGIC)) != FILE_MAGIC:
+            magic = file.read(len(FILE_MAGIC))
+            if magic not in (FILE_MAGIC, SIGNED_FILE_MAGIC):
                 raise LedgerError(
                     f"{path} is not an exported ledger; "
                     "write one with `lr-coordinator ledger export`"
                 )
+            signed = magic == SIGNED_FILE_MAGIC
             while prefix := file.read(4):
+                if signed and prefix == _END:
+                    if len(file.read(_SEAL_BYTES + 1)) != _SEAL_BYTES:
+                        raise cut_off
+                    return
                 length = int.from_bytes(prefix, "little")
                 body = file.read(min(length, MAX_ENTRY_BYTES))
                 if len(prefix) != 4 or len(body) != length:
-                    raise LedgerError(f"{path} is cut off; export the ledger again")
+                    raise cut_off
                 yield body
+            if signed:
+                raise cut_off
     except OSError as error:
         raise LedgerError(f"cannot read the ledger file {path}: {error}") from error
+
+
+def file_signature(path: Path) -> Signature | None:
+    """Return the signature that a portable file ends with; version 1 has none.
+
+    The file is one that `read_file` has read to its end.
+    """
+    with path.open("rb") as file:
+        if file.read(len(FILE_MAGIC)) == FILE_MAGIC:
+            return None
+        file.seek(-_SEAL_BYTES, 2)
+        return Signature(file.read(KEY_BYTES), file.read(SIGNATURE_BYTES))

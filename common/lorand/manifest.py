@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from lorand import strict_json
 from lorand.errors import ConfigError, ModelError
 
 MAX_TENSORS: Final = 100_000
@@ -72,7 +73,7 @@ class Manifest:
     def from_json(text: str) -> "Manifest":
         """Return the manifest of a canonical text. Raises ModelError when it is none."""
         try:
-            rows = json.loads(text)
+            rows = strict_json.loads(text)
             return Manifest(
                 tuple(
                     TensorSpec(str(n), tuple(map(int, sh)), str(d), int(s), *map(int, rank))
@@ -113,7 +114,7 @@ class Identity:
         """Read run.lock. Raises ConfigError when it is damaged or was edited by hand."""
         hint = "; write it again with `lr-worker prepare run.toml`"
         try:
-            lock = json.loads(text)
+            lock = strict_json.loads(text)
             if lock["format"] != LOCK_FORMAT:
                 raise ConfigError(
                     f"run.lock has format {lock['format']!r}, not {LOCK_FORMAT!r}{hint}"

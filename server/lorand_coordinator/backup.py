@@ -1,4 +1,4 @@
-"""Copies of whole ledgers: entries, contributions and a checkpoint, from any store to any other.
+"""Copies of whole ledgers, signatures and a checkpoint included, from any store to any other.
 
 A backup is a ledger in one SQLite file, whatever store it was made from: every command reads it,
 and a coordinator can go on with it as it is. Both ways a copy is there whole or not at all.
@@ -9,9 +9,10 @@ from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from lorand import ledger
 from lorand.errors import LedgerError
 from lorand.ledger import Position
-from lorand_coordinator import ledgers, show
+from lorand_coordinator import ledgers, verification
 from lorand_coordinator.ledgers import Location
 from lorand_coordinator.store import Record, SqliteStore, Store
 
@@ -21,7 +22,7 @@ def backup(source: Location, target: Path) -> Position:
 
     Raises LedgerError when the source is damaged or the file is there already.
     """
-    if show.is_exported(source):
+    if ledger.is_file(source):
         raise LedgerError(
             f"{source} is an exported ledger, which has no contributions: no coordinator can go on "
             "with it; give the coordinator's own ledger or a backup of it"
@@ -37,7 +38,7 @@ def backup(source: Location, target: Path) -> Position:
             part = Path(folder) / target.name
             with closing(SqliteStore(part)) as copy:
                 _copy(store, copy)
-            position, _ = show.verify(part)
+            position = verification.verify(part).position
             part.rename(target)
     except OSError as error:
         raise LedgerError(f"cannot write {target}: {error}") from error
@@ -52,7 +53,7 @@ def restore(source: Path, target: Location) -> Position:
     """
     if not ledgers.in_database(target):
         return backup(source, Path(target))
-    position, _ = show.verify(source)
+    position = verification.verify(source).position
     run = position.config.run.name
     url, _, named = str(target).partition("#")
     if named not in ("", run):
@@ -76,4 +77,4 @@ def _copy(source: Store, target: Store) -> None:
 
 def _records(source: Store) -> Iterator[Record]:
     for sequence, body in enumerate(source.entries()):
-        yield body, source.contributions(sequence)
+        yield Record(body, source.contributions(sequence), source.signature(sequence))

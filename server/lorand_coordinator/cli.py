@@ -8,6 +8,7 @@ import sys
 import time
 from collections import deque
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,25 +18,26 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.live import Live
 
-from lorand import credentials, ledger, runfile
+from lorand import credentials, runfile
 from lorand.config import RunConfig, load
 from lorand.credentials import Credentials
-from lorand.errors import ConfigError, ConnectionLost, LedgerError, LorandError
+from lorand.errors import ConfigError, ConnectionLost, LorandError
 from lorand.manifest import Identity
 from lorand.privacy import plan
 from lorand.privacy.roster import Roster
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
 from lorand_coordinator import (
-    backup_cli,
     diagnostics,
     history,
     identity_cli,
+    ledger_cli,
     ledgers,
     payoff,
     presets,
     refinement,
     show,
+    signing,
 )
 from lorand_coordinator.hub import Hub
 from lorand_coordinator.identity.admission import Admission
@@ -54,8 +56,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-ledger_app = typer.Typer(help="Read, export, back up and restore ledgers.", no_args_is_help=True)
-app.add_typer(ledger_app, name="ledger")
+app.add_typer(ledger_cli.app, name="ledger")
 for command in (
     identity_cli.invite,
     identity_cli.members,
@@ -63,14 +64,9 @@ for command in (
     identity_cli.rotate,
 ):
     app.command()(command)
-ledger_app.command()(backup_cli.backup)
-ledger_app.command()(backup_cli.restore)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Address = Annotated[str, typer.Argument(help="HOST:PORT of a running coordinator.")]
-LedgerFile = Annotated[
-    str, typer.Argument(metavar="LEDGER", help="A file, postgresql://…#RUN, or an exported ledger.")
-]
 TIMEOUT_S = 5.0
 
 
@@ -105,6 +101,10 @@ def serve(
     ledger_at: Annotated[
         str, typer.Option("--ledger", help="The ledger: a file, or postgresql://… for many runs.")
     ] = "",
+    signing_key: Annotated[
+        Path | None,
+        typer.Option(help="The key that signs the ledger; default: beside it; made if need be."),
+    ] = None,
     roster: Annotated[
         Path | None,
         typer.Option(help="Secure sums: the members' roster; default: roster.json by the run."),
@@ -147,20 +147,29 @@ def serve(
         )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     location = ledger_at or config.service.ledger or run.with_name(f"{config.run.name}.ledger")
+    shared = ledgers.in_database(location)
+    beside = run.with_name(f"{config.run.name}.ledger") if shared else Path(location)
+    key_path = signing_key or signing.key_beside(beside)
     members = roster or run.with_name("roster.json")
     with ExitStack() as stack:
         admission = None
         if not insecure:
             admission = identity_cli.admission(config, run, identity_dir, host_name or [])
             stack.callback(admission.close)
-        if ledgers.in_database(location):
-            _summing(config, members)  # what is wrong with it is told now, not at a takeover
-            asyncio.run(_share(config, str(location), identity, members, admission, json_output))
+        if shared:
+            # What is wrong with these is told now, not at a takeover.
+            _summing(config, members)
+            if key_path.exists():
+                signing.key_at(key_path)
+            several = _Shared(config, str(location), identity, members, key_path)
+            asyncio.run(_share(several, admission, json_output))
             return
         summing = _summing(config, members)
         store = SqliteStore(location)
         stack.callback(store.close)
-        asyncio.run(_serve(Sequencer(config, store, identity, summing), admission, json_output))
+        key = signing.key_at(key_path)
+        sequencer = Sequencer(config, store, identity, summing, key)
+        asyncio.run(_serve(sequencer, admission, json_output))
 
 
 def _summing(config: RunConfig, roster: Path) -> Summing | None:
@@ -190,17 +199,19 @@ def _interrupted() -> asyncio.Event:
 
 async def _serve(sequencer: Sequencer, admission: Admission | None, json_output: bool) -> None:
     config = sequencer.config
+    key = sequencer.key.public if sequencer.key else b""
     stop = _interrupted()
 
     def ready(bound: str, enrolment: str) -> None:
         if json_output:
-            where = {"address": bound, "enrolment": enrolment}
+            where = {"address": bound, "enrolment": enrolment, "key": key.hex()}
             out(json.dumps({"event": "listening", **where, "run": config.run.name}))
         else:
             out(
                 f"run {config.run.name!r}: {sequencer.engine.committed} of {config.run.rounds} "
                 f"rounds committed, {len(sequencer.store)} entries; listening on {bound}"
                 + (f"; members enrol at {enrolment}" if enrolment else ", for this machine alone")
+                + f"\nits ledger is signed by {key.hex()}"
             )
         sys.stdout.flush()
 
@@ -214,23 +225,30 @@ async def _serve(sequencer: Sequencer, admission: Admission | None, json_output:
     logging.getLogger("lorand.coordinator").info("stopped; the ledger is whole")
 
 
-async def _share(
-    config: RunConfig,
-    url: str,
-    identity: Identity | None,
-    roster: Path,
-    admission: Admission | None,
-    json_output: bool,
-) -> None:
+@dataclass(frozen=True)
+class _Shared:
+    """A run whose ledger is in a database, as one of its coordinators was told of it."""
+
+    config: RunConfig
+    url: str
+    identity: Identity | None
+    roster: Path
+    signing_key: Path
+
+
+async def _share(run: _Shared, admission: Admission | None, json_output: bool) -> None:
     """Be one of several coordinators of a run whose ledger is in a database."""
     ledgers.check_installed()
     from lorand_coordinator import standby
     from lorand_coordinator.store_postgres import PostgresStore
 
     def take_over(config: RunConfig, leader: str) -> Sequencer:
-        store = PostgresStore(url, config.run.name, leader=leader)
+        store = PostgresStore(run.url, config.run.name, leader=leader)
         try:
-            sequencer = Sequencer(config, store, identity, _summing(config, roster))
+            # The key only now: who leads first makes it, and nobody else writes beside it.
+            key = signing.shared_key(run.signing_key, store)
+            summing = _summing(config, run.roster)
+            sequencer = Sequencer(config, store, run.identity, summing, key)
             store.begin_lease()
             return sequencer
         except BaseException:
@@ -238,12 +256,12 @@ async def _share(
             raise
 
     def tell(event: str, address: str, text: str) -> None:
-        name = config.run.name
+        name = run.config.run.name
         content = {"event": event, "address": address, "run": name, "text": text}
         out(json.dumps(content) if json_output else f"run {name!r}, {address}: {event}; {text}")
         sys.stdout.flush()
 
-    coordinator = standby.Coordinator(config, take_over, tell, admission)
+    coordinator = standby.Coordinator(run.config, take_over, tell, admission)
     await standby.serve(coordinator, _interrupted())
     logging.getLogger("lorand.coordinator").info("stopped; the ledger is whole")
 
@@ -364,59 +382,6 @@ def refine(path: LedgerInUse, json_output: Json = False) -> None:
         out(f"# from {done} rounds: of the rest of the run nothing is known yet")
     out(f"# refined from the {norm} norms of {len(observed)} rounds; for a run with another name")
     out(runfile.lines({"optimizer": settings}))
-
-
-@ledger_app.command()
-def verify(path: LedgerFile, json_output: Json = False) -> None:
-    """Check the hash chain, every delta and every stored contribution; print the head."""
-    position, checked = show.verify(path)
-    result: dict[str, Any] = {
-        "entries": position.next_sequence,
-        "committed": position.committed,
-        "finished": position.finished,
-        "contributions_checked": checked,
-        "head": position.head.hex(),
-        "run": position.run_digest.hex(),
-        "coefficients_digest": ledger.coefficients_digest(position.coefficients).hex(),
-    }
-    if json_output:
-        out(json.dumps(result))
-        return
-    out(
-        f"whole: {result['entries']} entries, {result['committed']} rounds committed, "
-        f"{checked} contributions checked\nhead {result['head']}"
-    )
-
-
-@ledger_app.command("show")
-def show_entries(
-    path: LedgerFile,
-    last: Annotated[int, typer.Option(min=1, help="How many entries.")] = 20,
-    json_output: Json = False,
-) -> None:
-    """Print the last entries, one a line."""
-    for row in show.rows(path, last):
-        out(json.dumps(row) if json_output else show.line(row))
-
-
-@ledger_app.command()
-def export(
-    path: LedgerFile,
-    target: Annotated[Path, typer.Argument(help="Where to write it.")],
-    json_output: Json = False,
-) -> None:
-    """Write a portable ledger file, for `lr-worker replay` and for archives."""
-    count = 0
-    try:
-        count = ledger.write_file(target, show.bodies(path))
-    except OSError as error:
-        raise LedgerError(f"cannot write {target}: {error}") from error
-    size = target.stat().st_size
-    out(
-        json.dumps({"entries": count, "bytes": size, "path": str(target)})
-        if json_output
-        else f"wrote {count} entries, {size:,} bytes, to {target}"
-    )
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from lorand.directions import Draws
 from lorand.errors import LedgerError
 from lorand.ledger import Position
 from lorand.v1 import ledger_pb2 as pb
-from lorand_coordinator import folding, ledgers, payoff, show
+from lorand_coordinator import folding, ledgers, payoff
 from lorand_coordinator.aggregation import Report
 from lorand_coordinator.ledgers import Location
 from lorand_coordinator.store import Store
@@ -36,7 +36,7 @@ def read(path: Location) -> tuple[RunConfig, Iterator[Round]]:
     The ledger may be in use. Raises LedgerError when it is missing, damaged, or exported: an
     exported ledger has no contributions.
     """
-    if show.is_exported(path):
+    if ledger.is_file(path):
         raise LedgerError(
             f"{path} is an exported ledger, which has no contributions; give the coordinator's own "
             "ledger file (NAME.ledger)"

@@ -7,17 +7,18 @@ in a returned message.
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
-from lorand import ledger
+from lorand import heads, ledger
 from lorand.codec import SCALE_EXPONENTS
 from lorand.config import RunConfig
 from lorand.errors import ContributionError, HandshakeError, LedgerError
 from lorand.ledger import Position
 from lorand.manifest import Identity, Manifest
+from lorand.privacy.primitives import IdentityKey
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import (
@@ -37,8 +38,8 @@ from lorand_coordinator.folding import Carried
 from lorand_coordinator.snapshot import pack_state, resumed
 from lorand_coordinator.store import Checkpoint, Store, StoreUnavailable
 from lorand_coordinator.summing import Summing, UnsoundSum
+from lorand_coordinator.tally import Tally
 
-EVALUATIONS_KEPT: Final = 1000
 MAX_REASON: Final = 300
 
 Message = wire.ParticipateResponse
@@ -54,24 +55,6 @@ class Outgoing:
     """Whether nothing is lost when it comes with the next message that cannot wait."""
 
 
-@dataclass
-class Account:
-    """What is known of a worker, since the run began or since this process did (rejected)."""
-
-    name: str
-    contributions: int = 0
-    rejected: int = 0
-
-
-@dataclass
-class Tally:
-    """Figures for the status page, rebuilt from the ledger after a restart."""
-
-    accounts: dict[int, Account] = field(default_factory=dict)
-    evaluations: list[pb.Evaluation] = field(default_factory=list)
-    loss: float | None = None
-
-
 class Sequencer:
     """One run: engine, optimizer state, ledger and who is connected."""
 
@@ -81,15 +64,17 @@ class Sequencer:
         store: Store,
         identity: Identity | None,
         summing: Summing | None = None,
+        key: IdentityKey | None = None,
     ) -> None:
         """Open the run in the store, or begin it there when the identity is known.
 
-        `summing` is what makes the noisy sums of a run that keeps nothing else. Raises LedgerError
-        when the store holds another run.
+        `summing` is what makes the noisy sums of a run that keeps nothing else; `key` signs what is
+        written. Raises LedgerError when the store holds another run.
         """
         assert config.privacy.summed == (summing is not None)
         self.config = config
         self.store = store
+        self.key = key
         self.tally = Tally()
         self.recent = diagnostics.Recent(config)
         self.reason = ""
@@ -113,6 +98,7 @@ class Sequencer:
     def _begin(self, identity: Identity) -> None:
         """Write entry 0."""
         origin = ledger.origin(self.config, identity)
+        self.store.signer = heads.signer(self.key, origin.run_digest)
         body, _ = self.store.append(ledger.start_entry(self.config, identity))
         self._position = ledger.apply(origin, body)
 
@@ -130,6 +116,7 @@ class Sequencer:
                 "run.lock names another base model, tokenizer or trainable set than the ledger; "
                 "restore the run.lock of this run, or use another ledger file for a new run"
             )
+        self.store.signer = heads.signer(self.key, start.run_digest)
         position = start
         checkpoint = self.store.newest_checkpoint()
         if checkpoint is not None:
@@ -206,10 +193,7 @@ class Sequencer:
             )
         elif kind == "finish":
             self.engine = replace(engine, phase="finished")
-        elif kind == "member":
-            self.tally.accounts[entry.member.worker] = Account(entry.member.name)
-        elif kind == "evaluation":
-            self._keep_evaluation(entry.evaluation)
+        self.tally.note(entry)
 
     # -- what others ask -------------------------------------------------------------------------
 
@@ -465,16 +449,10 @@ class Sequencer:
         assert self._position is not None
         body, _ = self.store.append(entry, contributions or ())
         self._position = ledger.apply(self._position, body)
-        if entry.HasField("member"):
-            self.tally.accounts[entry.member.worker] = Account(entry.member.name)
-        if entry.HasField("evaluation"):
-            self._keep_evaluation(entry.evaluation)
+        self.tally.note(entry)
         can_wait = entry.HasField("member") or entry.HasField("evaluation")
         message = Message(entry=body)
         return [Outgoing(worker, message, can_wait) for worker in sorted(self.engine.members)]
-
-    def _keep_evaluation(self, evaluation: pb.Evaluation) -> None:
-        self.tally.evaluations = [*self.tally.evaluations, evaluation][-EVALUATIONS_KEPT:]
 
     def _reject(self, worker: int, round_index: int, why: str) -> Outgoing:
         self.tally.accounts[worker].rejected += 1

@@ -20,6 +20,7 @@ from lorand.v1 import ledger_pb2 as pb
 from lorand.v1 import ledger_pb2_grpc as ledger_service
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
+from lorand_coordinator import signing
 from lorand_coordinator.hub import CatchUpFirst, Connection, Hub, NameInUse, log
 from lorand_coordinator.identity import access, enrolment
 from lorand_coordinator.identity.admission import Admission
@@ -29,6 +30,8 @@ from lorand_coordinator.store import StoreUnavailable
 HELLO_TIMEOUT_S: Final = 10.0
 FOLLOW_POLL_S: Final = 1.0
 FEATURES: Final = ("checkpoint", "evaluation")
+SIGNS: Final = "heads"
+"""The feature of a coordinator that signs its ledger."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _Result = TypeVar("_Result")
@@ -48,7 +51,7 @@ class Coordination(coordination.CoordinationServiceServicer):
             protocol_version=PROTOCOL_VERSION,
             config=self._hub.config.to_json(),
             identity=identity.to_lock() if identity else "",
-            features=FEATURES,
+            features=(*FEATURES, SIGNS) if self._hub.sequencer.key else FEATURES,
         )
 
     async def Participate(
@@ -170,10 +173,19 @@ class Ledger(ledger_service.LedgerServiceServicer):
             head=checkpoint.head,
             committed=checkpoint.committed,
             coefficients_digest=hashlib.sha256(data).digest(),
+            tree=self._hub.sequencer.store.tree.frontier(checkpoint.sequence + 1).peaks,
         )
         yield pb.GetCheckpointResponse(header=header)
         for start in range(0, len(data), transport.CHUNK_BYTES):
             yield pb.GetCheckpointResponse(chunk=data[start : start + transport.CHUNK_BYTES])
+
+    async def GetHead(self, request: pb.GetHeadRequest, context: Context) -> pb.GetHeadResponse:
+        """See ledger.proto."""
+        sequencer = self._hub.sequencer
+        try:
+            return signing.head_for(request, sequencer.store, sequencer.position, sequencer.key)
+        except HandshakeError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
     async def PostEvaluation(
         self, request: pb.PostEvaluationRequest, context: Context

@@ -1,6 +1,7 @@
-"""What the coordinator's commands print: status panels, ledger rows, verification."""
+"""What the coordinator's commands print: status panels and ledger rows."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from rich.panel import Panel
 from rich.table import Table
 
 from lorand import ledger
-from lorand.ledger import Position
 from lorand.v1 import ledger_pb2 as pb
 from lorand.v1 import status_pb2 as status
 from lorand_coordinator import ledgers, payoff
@@ -71,33 +71,23 @@ def panel(answer: status.GetStatusResponse) -> RenderableType:
 
 def bodies(path: Location) -> Iterator[bytes]:
     """Yield the entries of a ledger, in a store or exported. Raises LedgerError."""
-    if is_exported(path):
+    if ledger.is_file(path):
         yield from ledger.read_file(Path(path))
         return
-    store = ledgers.reader(path)
-    try:
+    with closing(ledgers.reader(path)) as store:
         yield from store.entries()
-    finally:
-        store.close()
 
 
-def verify(path: Location) -> tuple[Position, int]:
-    """Return where a ledger ends and how many contributions were checked. Raises LedgerError."""
-    if is_exported(path):
-        return ledger.replay(ledger.read_file(Path(path))), 0
-    store = ledgers.reader(path)
-    checked = 0
-    try:
-        position = ledger.replay(store.entries())
-        for body in store.entries():
-            entry = ledger.parse(body)
-            if entry.HasField("commit"):
-                parts = store.contributions(entry.sequence)
-                ledger.check_contributions(entry, parts)
-                checked += len(parts)
-    finally:
-        store.close()
-    return position, checked
+def export(path: Location, target: Path) -> int:
+    """Write a portable file of a ledger, with the signature of its end; return its entries.
+
+    Raises LedgerError when the ledger is damaged, OSError when the target cannot be written.
+    """
+    if ledger.is_file(path):
+        bodies = list(ledger.read_file(Path(path)))
+        return ledger.write_file(target, bodies, ledger.file_signature(Path(path)))
+    with closing(ledgers.reader(path)) as store:
+        return ledger.write_file(target, store.entries(), store.signature(len(store) - 1))
 
 
 def rows(path: Location, last: int) -> list[dict[str, Any]]:
@@ -191,12 +181,3 @@ def line(row: dict[str, Any]) -> str:
         if key not in ("sequence", "round_index", "kind")
     )
     return f"{row['sequence']:>6}  round {row['round_index']:<5} {row['kind']:<10} {rest}"
-
-
-def is_exported(path: Location) -> bool:
-    """Whether a file is an exported ledger, which has no contributions."""
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(len(ledger.FILE_MAGIC)) == ledger.FILE_MAGIC
-    except OSError:
-        return False

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lorand import ledger
+from lorand import ledger, strict_json
 from lorand.coefficients import Coefficients
 from lorand.errors import LedgerError
 from lorand.ledger import Position, pack_coefficients
@@ -48,7 +48,7 @@ def unpack_state(data: bytes, coefficients: Coefficients, committed: int) -> Sta
         raise LedgerError("a checkpoint is damaged; restore the ledger from a backup")
     text, _, arrays = body.partition(b"\n")
     try:
-        header = json.loads(text)
+        header = strict_json.loads(text)
         flat = np.frombuffer(arrays, "<f8").reshape(len(_ARRAYS), header["size"])
         return State(
             coefficients=coefficients,
@@ -59,7 +59,7 @@ def unpack_state(data: bytes, coefficients: Coefficients, committed: int) -> Sta
             pace=_unpack_pace(header),
             **{name: row.copy() for name, row in zip(_ARRAYS, flat, strict=True)},
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise LedgerError(f"a checkpoint is of another version of LoRand: {error}") from error
 
 
@@ -91,5 +91,6 @@ def resumed(start: Position, checkpoint: Checkpoint, store: Store) -> tuple[Posi
         checkpoint.sequence + 1,
         checkpoint.head,
         checkpoint.committed,
+        tree=store.tree.frontier(checkpoint.sequence + 1),
     )
     return position, unpack_state(checkpoint.state, coefficients, checkpoint.committed)

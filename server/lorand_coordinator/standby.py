@@ -159,7 +159,8 @@ async def _lead(sequencer: Sequencer, coordinator: Coordinator, until: asyncio.E
     assert isinstance(store, PostgresStore)
     config = sequencer.config
     done = f"{sequencer.engine.committed} of {config.run.rounds} rounds committed"
-    text = f"epoch {store.epoch}, {done}, {len(store)} entries"
+    key = sequencer.key.public.hex() if sequencer.key else "nobody"
+    text = f"epoch {store.epoch}, {done}, {len(store)} entries, signed by {key}"
     watch = asyncio.create_task(_watch(store, until, over))
     try:
         await serve_hub(

@@ -1,20 +1,24 @@
 """Where the ledger lives: the contract of stores, and one SQLite file that keeps it.
 
 An entry is durable before anyone sees it: WAL with synchronous=FULL, one transaction an entry with
-its contributions. The hash chain is computed here and checked as a whole when a store is opened.
-PostgreSQL keeps the same contract in `store_postgres`.
+its contributions and, where there is a signer, the signature of the history up to it. The hash
+chain is computed here and checked as a whole when a store is opened. PostgreSQL keeps the same
+contract in `store_postgres`.
 """
 
 import fcntl
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final, Protocol
+from typing import IO, Any, Final, NamedTuple, Protocol
 
+from lorand import merkle
 from lorand.errors import LedgerError
+from lorand.heads import Head, Signature
 from lorand.ledger import GENESIS, entry_digest
+from lorand.merkle import Tree
 from lorand.v1 import ledger_pb2 as pb
 
 PAGE: Final = 512
@@ -24,6 +28,8 @@ CREATE TABLE IF NOT EXISTS entry (
 CREATE TABLE IF NOT EXISTS contribution (
     sequence INTEGER NOT NULL, position INTEGER NOT NULL, body BLOB NOT NULL,
     PRIMARY KEY (sequence, position)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS signature (
+    sequence INTEGER PRIMARY KEY, key BLOB NOT NULL, value BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS checkpoint (
     sequence INTEGER PRIMARY KEY, head BLOB NOT NULL, committed INTEGER NOT NULL,
     coefficients BLOB NOT NULL, state BLOB NOT NULL);
@@ -31,8 +37,16 @@ CREATE TABLE IF NOT EXISTS checkpoint (
 _APPLICATION_ID: Final = 0x4C6F5261  # "LoRa": marks the file as a LoRand ledger
 
 
-Record = tuple[bytes, Sequence[bytes]]
-"""An entry's body and its contributions."""
+Signer = Callable[[Head], Signature]
+"""Signs the history that ends with the entry about to be written."""
+
+
+class Record(NamedTuple):
+    """What a store keeps of an entry; the signature is of the history up to it, if it has one."""
+
+    body: bytes
+    contributions: Sequence[bytes]
+    signature: Signature | None
 
 
 class StoreUnavailable(LedgerError):
@@ -51,7 +65,13 @@ class Checkpoint:
 
 
 class Store(Protocol):
-    """An append-only, hash-chained list of entries, their contributions, and checkpoints."""
+    """An append-only, hash-chained list of entries, their contributions, and checkpoints.
+
+    `tree` has the hash of every entry; `signer`, where set, signs every history that is written.
+    """
+
+    tree: Tree
+    signer: Signer | None
 
     def append(self, entry: pb.Entry, contributions: Sequence[bytes] = ()) -> tuple[bytes, bytes]:
         """Give the entry its sequence and make it durable; return (body, digest).
@@ -80,6 +100,9 @@ class Store(Protocol):
     def contributions(self, sequence: int) -> list[bytes]:
         """Return the contributions stored with a commit."""
 
+    def signature(self, sequence: int) -> Signature | None:
+        """Return the signature of the history that an entry ends, if it was signed."""
+
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Keep a checkpoint, and of the older ones only the one before."""
 
@@ -107,26 +130,35 @@ def check_empty(store: Store, place: str) -> None:
         )
 
 
-def check_chain(rows: Iterable[tuple[Any, ...]], place: str, what: str) -> tuple[int, bytes]:
-    """Return how many entries there are and the digest of the last.
+def signed(store: Store, body: bytes, digest: bytes) -> Signature | None:
+    """Return the signature of a store's history with one more entry; None without a signer."""
+    if store.signer is None:
+        return None
+    root = store.tree.frontier().add(merkle.leaf_hash(body)).root()
+    return store.signer(Head(len(store) + 1, root, digest))
+
+
+def check_chain(rows: Iterable[tuple[Any, ...]], place: str, what: str) -> tuple[Tree, bytes]:
+    """Return the tree of the entries and the digest of the last.
 
     A row is sequence, body and digest. Raises LedgerError where the chain breaks: `place` and
     `what` ("file was") say in which ledger.
     """
-    head, count = GENESIS, 0
+    head, tree = GENESIS, Tree()
     for sequence, body, digest in rows:
         if not (
-            sequence == count
+            sequence == len(tree)
             and isinstance(body, bytes)
             and isinstance(digest, bytes)
             and entry_digest(head, body) == digest
         ):
             raise LedgerError(
-                f"{place}: the hash chain breaks at entry {count}; the {what} damaged or edited: "
-                "restore it from a backup"
+                f"{place}: the hash chain breaks at entry {len(tree)}; the {what} damaged or "
+                "edited: restore it from a backup"
             )
-        head, count = digest, count + 1
-    return count, head
+        tree.add(merkle.leaf_hash(body))
+        head = digest
+    return tree, head
 
 
 class SqliteStore:
@@ -134,6 +166,7 @@ class SqliteStore:
 
     def __init__(self, path: Path | str, *, read_only: bool = False) -> None:
         """Open or create. Raises LedgerError when it is in use, damaged or no ledger."""
+        self.signer: Signer | None = None
         self._path = str(path)
         self._lock: IO[bytes] | None = None
         if read_only and not Path(path).exists():
@@ -176,7 +209,8 @@ class SqliteStore:
 
     def _check_chain(self) -> bytes:
         rows = self._database.execute("SELECT sequence, body, digest FROM entry ORDER BY sequence")
-        self._count, head = check_chain(rows, self._path, "file was")
+        self.tree, head = check_chain(rows, self._path, "file was")
+        self._count = len(self.tree)
         self._check_end(self._count)
         return head
 
@@ -198,38 +232,42 @@ class SqliteStore:
         body = serialised(entry, self._count)
         digest = entry_digest(self._head, body)
         try:
+            record = Record(body, contributions, signed(self, body, digest))
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")
-                self._insert(self._count, body, digest, contributions)
+                self._insert(self._count, record, digest)
         except sqlite3.Error as error:
             if not self._has(digest):
                 raise StoreUnavailable(f"{error}; free space at {self._path}") from error
         self._head, self._count = digest, self._count + 1
+        self.tree.add(merkle.leaf_hash(body))
         return body, digest
 
-    def _insert(
-        self, sequence: int, body: bytes, digest: bytes, contributions: Sequence[bytes]
-    ) -> None:
-        self._database.execute("INSERT INTO entry VALUES (?, ?, ?)", (sequence, body, digest))
+    def _insert(self, sequence: int, record: Record, digest: bytes) -> None:
+        row = (sequence, record.body, digest)
+        self._database.execute("INSERT INTO entry VALUES (?, ?, ?)", row)
         self._database.executemany(
             "INSERT INTO contribution VALUES (?, ?, ?)",
-            [(sequence, i, part) for i, part in enumerate(contributions)],
+            [(sequence, i, part) for i, part in enumerate(record.contributions)],
         )
+        if record.signature is not None:
+            signature = (sequence, record.signature.key, record.signature.value)
+            self._database.execute("INSERT INTO signature VALUES (?, ?, ?)", signature)
 
     def load(self, records: Iterable[Record], checkpoint: Checkpoint | None) -> None:
         """See Store."""
         check_empty(self, self._path)
-        count, head = 0, GENESIS
+        tree, head = Tree(), GENESIS
         try:
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")
-                for body, contributions in records:
-                    head = entry_digest(head, body)
-                    self._insert(count, body, head, contributions)
-                    count += 1
+                for record in records:
+                    head = entry_digest(head, record.body)
+                    self._insert(len(tree), record, head)
+                    tree.add(merkle.leaf_hash(record.body))
         except sqlite3.Error as error:
             raise StoreUnavailable(f"{error}; free space at {self._path}") from error
-        self._count, self._head = count, head
+        self.tree, self._count, self._head = tree, len(tree), head
         if checkpoint is not None:
             self.save_checkpoint(checkpoint)
 
@@ -281,6 +319,13 @@ class SqliteStore:
             "SELECT body FROM contribution WHERE sequence = ? ORDER BY position", sequence
         )
         return [bytes(body) for (body,) in rows]
+
+    def signature(self, sequence: int) -> Signature | None:
+        """See Store."""
+        if not self._rows("SELECT 1 FROM sqlite_master WHERE name = 'signature'"):
+            return None  # a ledger from before there were signatures, opened for reading
+        rows = self._rows("SELECT key, value FROM signature WHERE sequence = ?", sequence)
+        return Signature(bytes(rows[0][0]), bytes(rows[0][1])) if rows else None
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """See Store."""

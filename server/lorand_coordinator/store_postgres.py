@@ -9,18 +9,23 @@ the row, so a leader that was paused, cut off or slow can never write after anot
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
+from lorand import merkle
 from lorand.errors import LedgerError
+from lorand.heads import Signature
 from lorand.ledger import GENESIS, entry_digest
+from lorand.merkle import Tree
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import postgres
 from lorand_coordinator.store import (
     PAGE,
     Checkpoint,
     Record,
+    Signer,
     StoreUnavailable,
     check_chain,
     check_empty,
     serialised,
+    signed,
 )
 
 SCHEME: Final = "postgresql://"
@@ -42,6 +47,7 @@ _CONTRIBUTE: Final = """
 INSERT INTO contribution (run, sequence, position, body)
 SELECT %s, %s, number - 1, body
 FROM unnest(%b::bytea[]) WITH ORDINALITY AS part (body, number)"""
+_SIGN: Final = "INSERT INTO signature (run, sequence, key, value) VALUES (%s, %s, %s, %s)"
 _SAVE: Final = """
 INSERT INTO checkpoint (run, sequence, head, committed, coefficients, state)
 SELECT name, %s, %s, %s, %s, %s FROM run WHERE name = %s AND epoch = %s FOR UPDATE
@@ -74,14 +80,17 @@ class PostgresStore:
         be reached, LedgerError when the ledger is damaged or not there.
         """
         url, _, fragment = url.partition("#")
+        self.signer: Signer | None = None
         self._run, self._leader = run or fragment, leader
         self._epoch: int | None = None
+        self._has_signatures = True
         prepare = self._find if read_only else self._lead
         self._session = postgres.Session(url, prepare)
         try:
             with self._session.use():
                 pass
-            self._count, self._head = check_chain(self._stored(), self.name, "rows were")
+            self.tree, self._head = check_chain(self._stored(), self.name, "rows were")
+            self._count = len(self.tree)
             self._check_end()
         except BaseException:
             self.close()
@@ -113,6 +122,9 @@ class PostgresStore:
             )
             asked = f"no run {self._run!r}" if self._run else "no single run"
             raise LedgerError(f"there is {asked} at {self._session.name}, which holds {held}")
+        # A reader does not migrate: the ledger may be from before there were signatures.
+        found = connection.execute("SELECT to_regclass('lorand.signature')").fetchone()
+        self._has_signatures = found is not None and found[0] is not None
 
     def _lead(self, connection: postgres.Connection) -> None:
         """Get the run's lock, and its next epoch if this is the first connection.
@@ -186,39 +198,39 @@ class PostgresStore:
         """See Store.append. Raises TakenOver when another coordinator leads the run by now."""
         body = serialised(entry, self._count)
         digest = entry_digest(self._head, body)
+        record = Record(body, contributions, signed(self, body, digest))
         try:
             with self._session.use() as connection, connection.transaction():
-                self._insert(connection, self._count, body, digest, contributions)
+                self._insert(connection, self._count, record, digest)
         except StoreUnavailable:
             if not self._has(digest):
                 raise
         self._head, self._count = digest, self._count + 1
+        self.tree.add(merkle.leaf_hash(body))
         return body, digest
 
     def _insert(
-        self,
-        connection: postgres.Connection,
-        sequence: int,
-        body: bytes,
-        digest: bytes,
-        contributions: Sequence[bytes],
+        self, connection: postgres.Connection, sequence: int, record: Record, digest: bytes
     ) -> None:
-        row = (sequence, body, digest, self._run, self._writing())
+        row = (sequence, record.body, digest, self._run, self._writing())
         if connection.execute(_APPEND, row).rowcount == 0:
             raise self._taken_over()
-        if contributions:
-            connection.execute(_CONTRIBUTE, (self._run, sequence, [*contributions]))
+        if record.contributions:
+            connection.execute(_CONTRIBUTE, (self._run, sequence, [*record.contributions]))
+        if record.signature is not None:
+            signature = (record.signature.key, record.signature.value)
+            connection.execute(_SIGN, (self._run, sequence, *signature))
 
     def load(self, records: Iterable[Record], checkpoint: Checkpoint | None) -> None:
         """See Store."""
         check_empty(self, self.name)
-        count, head = 0, GENESIS
+        tree, head = Tree(), GENESIS
         with self._session.use() as connection, connection.transaction():
-            for body, contributions in records:
-                head = entry_digest(head, body)
-                self._insert(connection, count, body, head, contributions)
-                count += 1
-        self._count, self._head = count, head
+            for record in records:
+                head = entry_digest(head, record.body)
+                self._insert(connection, len(tree), record, head)
+                tree.add(merkle.leaf_hash(record.body))
+        self.tree, self._count, self._head = tree, len(tree), head
         if checkpoint is not None:
             self.save_checkpoint(checkpoint)
 
@@ -307,6 +319,16 @@ class PostgresStore:
             *(self._run, sequence),
         )
         return [bytes(body) for (body,) in rows]
+
+    def signature(self, sequence: int) -> Signature | None:
+        """See Store."""
+        if not self._has_signatures:
+            return None
+        rows = self._rows(
+            "SELECT key, value FROM signature WHERE run = %s AND sequence = %s",
+            *(self._run, sequence),
+        )
+        return Signature(bytes(rows[0][0]), bytes(rows[0][1])) if rows else None
 
     def newest_checkpoint(self) -> Checkpoint | None:
         """See Store."""

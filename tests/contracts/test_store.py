@@ -9,9 +9,13 @@ from typing import Final
 import pytest
 from tests.contracts.store_cases import assert_whole, checkpoint, checkpoints, commit, fill
 
+from lorand import heads, merkle
 from lorand.errors import LedgerError
+from lorand.heads import Head, Signature
 from lorand.ledger import GENESIS, entry_digest, parse
-from lorand_coordinator.store import PAGE, Checkpoint, SqliteStore, Store, StoreUnavailable
+from lorand.merkle import Frontier
+from lorand.privacy.primitives import IdentityKey
+from lorand_coordinator.store import PAGE, Checkpoint, Record, SqliteStore, Store, StoreUnavailable
 
 OPEN: Final[dict[str, Callable[[Path], Store]]] = {
     "file": lambda folder: SqliteStore(folder / "run.ledger"),
@@ -130,12 +134,23 @@ def test_an_entry_that_is_not_there_is_our_error(store: Store) -> None:
 
 def test_an_empty_store_takes_anothers_history(store: Store) -> None:
     with closing(SqliteStore(":memory:")) as other:
-        bodies = fill(other, 5)
-        records = [(body, other.contributions(n)) for n, body in enumerate(bodies)]
+        bodies = fill(other, 2)
+        other.signer = heads.signer(IdentityKey(bytes(range(32))), bytes(32))
+        bodies += fill(other, 3)
+        root = other.tree.root(5)
+        records = [
+            Record(body, other.contributions(n), other.signature(n))
+            for n, body in enumerate(bodies)
+        ]
         store.load(records, checkpoint(3))
         assert (len(store), store.head()) == (5, other.head())
     assert list(store.entries()) == bodies
-    assert [store.contributions(n) for n in range(5)] == [parts for _, parts in records]
+    assert [store.contributions(n) for n in range(5)] == [
+        record.contributions for record in records
+    ]
+    assert [store.signature(n) for n in range(5)] == [record.signature for record in records]
+    assert [record.signature is None for record in records] == [True] * 2 + [False] * 3
+    assert store.tree.root(5) == root
     assert store.newest_checkpoint() == checkpoint(3)
     with pytest.raises(LedgerError, match="holds 5 entries already"):
         store.load(records, None)
@@ -144,14 +159,41 @@ def test_an_empty_store_takes_anothers_history(store: Store) -> None:
 
 
 def test_a_history_that_breaks_off_leaves_nothing(store: Store) -> None:
-    def breaks_off() -> Iterator[tuple[bytes, list[bytes]]]:
-        yield b"first", [b"part"]
+    def breaks_off() -> Iterator[Record]:
+        yield Record(b"first", [b"part"], Signature(b"key", b"value"))
         raise LedgerError("the other store is gone")
 
     with pytest.raises(LedgerError, match="the other store is gone"):
         store.load(breaks_off(), None)
     assert (len(store), store.head(), store.contributions(0)) == (0, GENESIS, [])
+    assert (len(store.tree), store.signature(0)) == (0, None)
     fill(store, 1)
+
+
+# ------------------------------------------------------------- signed histories
+
+
+def test_the_tree_has_every_entry(store: Store) -> None:
+    frontier = Frontier()
+    for number, body in enumerate(fill(store, 5), start=1):
+        frontier = frontier.add(merkle.leaf_hash(body))
+        assert store.tree.root(number) == frontier.root()
+    assert len(store.tree) == 5
+
+
+def test_every_history_is_signed_from_when_there_is_a_signer(store: Store) -> None:
+    fill(store, 2)
+    key = IdentityKey(bytes(range(32)))
+    store.signer = heads.signer(key, bytes(32))
+    fill(store, 3)
+    for sequence in range(5):
+        signature = store.signature(sequence)
+        assert (signature is not None) == (sequence >= 2)
+        if signature is not None:
+            size = sequence + 1
+            head = Head(size, store.tree.root(size), store.digest(sequence))
+            assert signature == heads.sign(key, bytes(32), head)
+    assert store.signature(5) is None
 
 
 # ------------------------------------------------------------- a commit that goes wrong

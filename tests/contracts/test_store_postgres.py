@@ -13,16 +13,20 @@ import pytest
 from tests.contracts.store_cases import checkpoint, commit, fill
 from tests.postgres import Server
 
+from lorand import heads
 from lorand.errors import LedgerError
+from lorand.heads import Head
 from lorand.ledger import parse
+from lorand.privacy.primitives import IdentityKey
 from lorand_coordinator import postgres as sessions
 from lorand_coordinator.store import StoreUnavailable
 from lorand_coordinator.store_postgres import InUse, PostgresStore, TakenOver
 
 pytestmark = pytest.mark.postgres
 
-STATEMENTS: Final = 4
-"""Of an append with contributions: BEGIN, the entry, its contributions, COMMIT."""
+STATEMENTS: Final = 5
+"""Of a signed append: BEGIN, the entry, its contributions, its signature, COMMIT."""
+SIGNER: Final = heads.signer(IdentityKey(bytes(range(32))), bytes(32))
 When = Literal["before", "after"]
 
 
@@ -35,13 +39,22 @@ def run(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def store(postgres: Server, run: str) -> Iterator[PostgresStore]:
     with closing(postgres.store(run)) as opened:
+        opened.signer = SIGNER
         yield opened
 
 
 def assert_whole(postgres: Server, run: str, count: int) -> None:
-    """It opens, so the chain holds, has so many entries, and epochs only rise along it."""
+    """It opens, so the chain holds, has so many entries, and epochs only rise along it.
+
+    What is signed is the history up to there.
+    """
+    assert SIGNER is not None
     with closing(PostgresStore(postgres.url, run, read_only=True)) as reader:
         assert len(reader) == count == len(list(reader.entries()))
+        for sequence in range(count):
+            size = sequence + 1
+            head = Head(size, reader.tree.root(size), reader.digest(sequence))
+            assert reader.signature(sequence) in (None, SIGNER(head))
     query = "SELECT epoch FROM lorand.entry WHERE run = %s ORDER BY sequence"
     epochs = [int(str(row[0])) for row in postgres.execute(query, run)]
     assert epochs == sorted(epochs)
@@ -109,8 +122,10 @@ def test_a_connection_lost_at_any_statement_loses_and_doubles_nothing(
         with pytest.raises(StoreUnavailable):
             store.append(commit(2), [b"x", b"y"])
         assert len(store) == 2
-        assert store.contributions(2) == []
+        assert (store.contributions(2), store.signature(2)) == ([], None)
         store.append(commit(2), [b"x", b"y"])
+    assert len(store.tree) == len(store) == 3
+    assert store.signature(2) is not None
     assert cut.waits > at, "the cut was made"
     assert store.contributions(2) == [b"x", b"y"]
     store.append(commit(3))
@@ -440,3 +455,16 @@ def test_messages_do_not_tell_passwords() -> None:
         PostgresStore("postgresql://user:secret@127.0.0.1:1/db", "run")
     assert "postgresql://127.0.0.1:1/db" in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+def test_a_ledger_from_before_there_were_signatures_is_read(
+    postgres: Server, store: PostgresStore, run: str
+) -> None:
+    """A reader does not bring the schema up to date."""
+    fill(store, 2)
+    postgres.execute("ALTER TABLE lorand.signature RENAME TO away")
+    try:
+        with closing(PostgresStore(postgres.url, run, read_only=True)) as reader:
+            assert [reader.signature(0), len(reader)] == [None, 2]
+    finally:
+        postgres.execute("ALTER TABLE lorand.away RENAME TO signature")

@@ -18,6 +18,7 @@ from lorand.directions import Indices
 from lorand.ledger import Position
 from lorand.privacy.mechanism import Integers
 from lorand.v1 import coordination_pb2 as wire
+from lorand.v1 import ledger_pb2 as pb
 from lorand.v1 import status_pb2
 from lorand_coordinator.sequencer import Outgoing, Sequencer
 from lorand_coordinator.store import SqliteStore
@@ -160,8 +161,12 @@ def test_the_counters_of_a_real_run_agree(make_room: MakeRoom) -> None:
     before = sum(len(b) for b in ledger.read_file(room.export()) if not _is_commit(b))
     for session, worker in zip(sessions, by_name(answer.workers), strict=True):
         traffic = session.link.traffic
-        request = wire.GetRunRequest(protocol_version=1).ByteSize()
-        assert worker.bytes_received == traffic.sent - request
+        requests = [
+            wire.GetRunRequest(protocol_version=1),
+            pb.GetHeadRequest(size=4),  # at the join: the history that the worker found
+            pb.GetHeadRequest(size=answer.entries, known_size=4),  # and at the end
+        ]
+        assert worker.bytes_received == traffic.sent - sum(r.ByteSize() for r in requests)
         assert worker.contributions == 30
         assert worker.bytes_received <= 30 * 64 + 512, "a Hello and thirty contributions"
         assert worker.bytes_sent <= 30 * 128 + before

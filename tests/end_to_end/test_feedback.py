@@ -95,7 +95,7 @@ def test_a_worker_killed_before_the_commit_owes_what_it_owed(make_room: MakeRoom
     assert after.feedback.tolist() == awaited.feedback.tolist() != before.feedback.tolist()
     said = [part for part in stored(room, round_index) if part.contribution == awaited.contribution]
     assert len(said) == 1, "what it reported before it was killed is what was committed"
-    assert list(room.state.iterdir()) == [], "gone with the run"
+    assert list(room.state.glob("*.safetensors")) == [], "gone with the run"
     replayed = room.once("lr-worker", "replay", room.export(), "--model", room.model)
     assert {result["weights_digest"] for result in results} == {replayed["weights_digest"]}
     assert [result["rounds"] for result in results] == [6, 6]

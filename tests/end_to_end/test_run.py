@@ -225,8 +225,8 @@ def test_what_the_commands_print_can_be_parsed(make_room: MakeRoom) -> None:
 
 
 def asked() -> int:
-    """Bytes a worker sends beside its stream before entry 0 is read: GetRun, twice."""
-    return 2 * 2
+    """Bytes a worker sends beside its stream: GetRun twice, GetHead when it joins and ends."""
+    return 2 * 2 + 2 + 4
 
 
 def ledger_commands(room: Room, shown: dict[str, Any]) -> None:
@@ -236,7 +236,8 @@ def ledger_commands(room: Room, shown: dict[str, Any]) -> None:
     wrote = room.once("lr-coordinator", "ledger", "export", room.ledger, exported)
     again = room.once("lr-coordinator", "ledger", "verify", exported)
     assert verified["contributions_checked"] == 12
-    assert again == {**verified, "contributions_checked": 0}
+    assert verified["signatures_checked"] == shown["entries"]
+    assert again == {**verified, "contributions_checked": 0, "signatures_checked": 1}
     assert (verified["head"], verified["entries"]) == (shown["head"], shown["entries"])
     assert verified["coefficients_digest"] == shown["coefficients_digest"]
     assert wrote == {

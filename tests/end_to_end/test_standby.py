@@ -15,6 +15,9 @@ from tests.commands import Command, MakeRoom, Room, Starter, free_port, start, s
 from tests.end_to_end.histories import assert_nothing_lost, assert_nothing_twice
 from tests.postgres import Server
 
+from lorand.heads import KeptHead
+from lorand_coordinator import signing, verification
+
 pytestmark = pytest.mark.postgres
 
 COORDINATORS: Final = 3
@@ -99,6 +102,12 @@ class Several:
         assert_nothing_twice(self.location)
         epochs = self.epochs()
         assert epochs == sorted(epochs)
+        key = signing.key_at(signing.key_beside(room.ledger)).public
+        found = verification.verify(self.location, key)
+        assert found.signatures == len(epochs), "every entry is signed"
+        kept = [KeptHead.from_json(path.read_bytes()) for path in room.state.glob("*.head.json")]
+        assert {(one.head, one.signature.key) for one in kept} == {(found.position.history, key)}
+        assert len(kept) == len(tiny.DOMAINS)
 
     def epochs(self) -> list[int]:
         """The epoch of every entry, in order."""

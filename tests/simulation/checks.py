@@ -2,13 +2,15 @@
 
 from contextlib import closing
 from itertools import chain
+from pathlib import Path
 
-from tests.simulation.world import World
+from tests.simulation.world import KEY, World
 
 from lorand import codec, ledger
+from lorand.heads import KeptHead
 from lorand.ledger import Position
 from lorand.v1 import ledger_pb2 as pb
-from lorand_coordinator import aggregation, optimizer
+from lorand_coordinator import aggregation, optimizer, verification
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.snapshot import pack_state
 from lorand_coordinator.store import SqliteStore
@@ -33,11 +35,21 @@ def check(world: World) -> Position:
     world.disk.crash(store)
     with closing(world.disk.open()) as reopened:
         again = Sequencer(world.config, reopened, None)
+        check_signatures(world, reopened)
     assert again.position is not None
     assert again.position.head == end.head, "I1: lost at the very end"
     ours, theirs = (pack_state(one._optimizer) for one in (sequencer, again))
     assert ours == theirs, "I6: reopened, the optimizer's state does not repeat"
     return end
+
+
+def check_signatures(world: World, store: SqliteStore) -> None:
+    """I3, I4: every entry is signed, and the histories that workers kept are the ledger's."""
+    kept_heads = [KeptHead.from_json(path.read_bytes()) for path in world.state.glob("*.head.json")]
+    assert len(kept_heads) == len(world.workers), "I4: a worker kept no history"
+    for kept in kept_heads:
+        found = verification.verify(Path(store._path), KEY.public, kept)
+        assert found.signatures == len(store), "I3: an entry is not signed"
 
 
 def check_order(entries: list[pb.Entry]) -> None:
@@ -131,4 +143,4 @@ def check_feedback(world: World, entries: list[pb.Entry]) -> None:
             assert memory.feedback.tobytes() == owed.get(one.number, nothing), (
                 f"I8: {one.name} owes something else"
             )
-    assert not list(world.state.glob("*")), "I8: feedback is gone when the run is"
+    assert not list(world.state.glob("*.safetensors")), "I8: feedback is gone when the run is"

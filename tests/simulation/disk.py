@@ -12,9 +12,13 @@ from typing import Any, Final, Literal
 
 from lorand_coordinator.store import SqliteStore
 
-Fault = Literal["full", "told it failed", "crash before", "crash during", "crash after"]
+Fault = Literal[
+    "full", "told it failed", "told and blind", "crash before", "crash during", "crash after"
+]
 CRASHES: Final[tuple[Fault, ...]] = ("crash before", "crash during", "crash after")
 FAULTS: Final[tuple[Fault, ...]] = ("full", "told it failed", *CRASHES)
+PLANNED: Final[tuple[Fault, ...]] = (*FAULTS, "told and blind")
+"""Also: done, told otherwise, and nothing can be read to find out."""
 
 
 class Crash(BaseException):
@@ -22,7 +26,11 @@ class Crash(BaseException):
 
 
 class Disk:
-    """The files of one ledger. `full` and `lying` are conditions, `next_crash` happens once."""
+    """The files of one ledger.
+
+    `full` and `lying` are conditions, `next_crash` happens once; `plan` says what happens to which
+    transaction of all, counted from 0.
+    """
 
     forgets = False
     """Whether a crash undoes the last write: no disk that the ledger could be safe on."""
@@ -32,6 +40,9 @@ class Disk:
         self.full = False
         self.lying = False
         self.next_crash: Fault | None = None
+        self.plan: dict[int, Fault] = {}
+        self.transactions = 0
+        self.blind = False
         self.faults: Counter[str] = Counter()
         self._folder, self._rng = folder, rng
         self._copies = 0
@@ -69,8 +80,12 @@ class Disk:
 
     def fate(self) -> Fault | None:
         """Return what happens to the transaction that is about to commit."""
-        fault: Fault | None = None
-        if self.next_crash is not None:
+        fault: Fault | None = self.plan.get(self.transactions)
+        self.transactions += 1
+        self.blind = fault == "told and blind"
+        if fault is not None:
+            pass
+        elif self.next_crash is not None:
             fault, self.next_crash = self.next_crash, None
         elif self.full:
             fault = "full"
@@ -104,6 +119,13 @@ class FaultyConnection(sqlite3.Connection):
     """A connection on a simulated disk."""
 
     disk: Disk | None = None
+
+    def execute(self, query: str, *parameters: Any) -> sqlite3.Cursor:
+        """Run a query; just after a lie there may be no answer, once."""
+        if self.disk is not None and self.disk.blind and query.startswith("SELECT"):
+            self.disk.blind = False
+            raise sqlite3.OperationalError("disk I/O error")
+        return super().execute(query, *parameters)
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> Literal[False]:
         """Commit, fail, or be the last thing the process did."""

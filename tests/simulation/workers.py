@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import grpc
 import numpy as np
 from tests.runs import IDENTITY
 from tests.simulation.network import Stream
@@ -91,9 +92,10 @@ class Worker:
         session = self.session
         if session._has_ledger():
             session._catch_up()
-            self._note_position()
-            if self.done:
-                return
+        session._check_history()
+        self._note_position()
+        if self.done:
+            return
         self.stream = Stream(self._world, self, hub)
         self._world.coordinator.streams.append(self.stream)
         self.stream.send(wire.ParticipateRequest(hello=session._hello()))
@@ -229,6 +231,12 @@ class LocalLink(links.Link):
     ) -> Iterator[pb.GetCheckpointResponse]:
         """See ledger.proto."""
         return _items(service.Ledger(self._hub()).GetCheckpoint(request, cast(Any, None)))
+
+    def GetHead(self, request: pb.GetHeadRequest, timeout: float) -> pb.GetHeadResponse:
+        """See ledger.proto. A worker asks in the middle of a stream, whoever is gone by then."""
+        if self._world.coordinator.hub is None:
+            raise grpc.RpcError("nobody answers")
+        return _result(service.Ledger(self._hub()).GetHead(request, cast(Any, None)))
 
     def ReadEntries(
         self, request: pb.ReadEntriesRequest, timeout: float | None

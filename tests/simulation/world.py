@@ -21,12 +21,14 @@ from tests.simulation.workers import Worker
 
 from lorand.config import RunConfig
 from lorand.errors import LorandError
+from lorand.privacy.primitives import IdentityKey
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator.hub import CatchUpFirst, Hub, NameInUse
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.store import StoreUnavailable
 
+KEY: Final = IdentityKey(bytes(range(32)))
 TICK_S: Final = 0.25
 FINISH_WITHIN_S: Final = 60.0
 """Of calm, virtual: ten deadlines, the longest pause, reconnecting, a heartbeat's timeout."""
@@ -224,7 +226,8 @@ class Coordinator:
         adopts = world.seed % 4 == 0
         self.store = world.disk.open()
         try:
-            sequencer = Sequencer(world.config, self.store, None if adopts else IDENTITY)
+            identity = None if adopts else IDENTITY
+            sequencer = Sequencer(world.config, self.store, identity, key=KEY)
         except (StoreUnavailable, Crash) as error:
             self._end(str(error))
             return

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from lorand import ledger
 from lorand.errors import LedgerError
-from lorand_coordinator import backup, cli, ledgers, show
+from lorand.privacy.primitives import IdentityKey
+from lorand_coordinator import backup, cli, ledgers, show, verification
 from lorand_coordinator.ledgers import Location
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.store import SqliteStore, Store
@@ -23,11 +24,12 @@ from lorand_coordinator.store_postgres import InUse, PostgresStore
 
 CONFIG: Final = config_of(run={"rounds": 50}, service={"checkpoint_every": 4})
 ROUNDS: Final = 10
+KEY: Final = IdentityKey(bytes(range(32)))
 
 
 def take_rounds(store: Store, first: int, last: int) -> bytes:
     """Run some rounds of two workers on a store; return the digest of A after them."""
-    sequencer = Sequencer(CONFIG, store, IDENTITY)
+    sequencer = Sequencer(CONFIG, store, IDENTITY, key=KEY)
     for name in ("a", "b"):
         assert sequencer.position is not None
         worker, _ = sequencer.admit(hello(sequencer.position, name))
@@ -68,7 +70,9 @@ def everything(location: Location) -> tuple[object, ...]:
     with closing(ledgers.reader(location)) as store:
         bodies = list(store.entries())
         parts = [store.contributions(sequence) for sequence in range(len(bodies))]
-        return bodies, parts, store.newest_checkpoint(), store.head()
+        signatures = [store.signature(sequence) for sequence in range(len(bodies))]
+        assert None not in signatures
+        return bodies, parts, signatures, store.newest_checkpoint(), store.head()
 
 
 def test_a_backup_is_everything_and_a_run_goes_on_with_it(source: Location, tmp_path: Path) -> None:
@@ -77,7 +81,8 @@ def test_a_backup_is_everything_and_a_run_goes_on_with_it(source: Location, tmp_
     assert sorted(path.name for path in tmp_path.glob("copy*")) == ["copy.ledger"]
     assert position.committed == ROUNDS
     assert everything(copy) == everything(source)
-    assert show.verify(copy)[1] == 2 * ROUNDS
+    found = verification.verify(copy, KEY.public)
+    assert (found.contributions, found.signatures) == (2 * ROUNDS, position.next_sequence)
     with closing(SqliteStore(":memory:")) as uninterrupted:
         expected = take_rounds(uninterrupted, 1, ROUNDS + 3)
     with closing(SqliteStore(copy)) as store:

@@ -1,4 +1,4 @@
-"""All cryptography of the secure sum: calls of the `cryptography` library, nothing of our own.
+"""All cryptography of secure sums and signed ledgers: calls of the `cryptography` library alone.
 
 Signatures are Ed25519 (RFC 8032), key agreement is X25519 (RFC 7748), keys are derived with
 HKDF-SHA256 (RFC 5869) and masks are the stream of ChaCha20 (RFC 8439). Private keys come from the

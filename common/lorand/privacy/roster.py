@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from lorand import strict_json
 from lorand.errors import ConfigError
 
 MIN_MEMBERS: Final = 3
@@ -81,7 +82,7 @@ class Roster:
     def from_json(text: str) -> "Roster":
         """Return the roster of a text. Raises ConfigError when it is none."""
         try:
-            content = json.loads(text)
+            content = strict_json.loads(text)
             if content["format"] != FORMAT:
                 raise ConfigError(f"a roster of format {content['format']!r}, not {FORMAT!r}{HINT}")
             return Roster(tuple((str(n), bytes.fromhex(key)) for n, key in content["members"]))

@@ -547,6 +547,7 @@ class CheckpointHeader(_message.Message):
     HEAD_FIELD_NUMBER: _builtins.int
     COMMITTED_FIELD_NUMBER: _builtins.int
     COEFFICIENTS_DIGEST_FIELD_NUMBER: _builtins.int
+    TREE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Last entry that is in it."""
     head: _builtins.bytes
@@ -555,6 +556,12 @@ class CheckpointHeader(_message.Message):
     """Committed rounds up to it."""
     coefficients_digest: _builtins.bytes
     """SHA-256 of the whole of A (32 bytes)."""
+    @_builtins.property
+    def tree(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Roots of the complete subtrees of the Merkle tree over the entries up to it, largest first (32
+        bytes each); see lorand.merkle.
+        """
+
     def __init__(
         self,
         *,
@@ -562,14 +569,109 @@ class CheckpointHeader(_message.Message):
         head: _builtins.bytes = ...,
         committed: _builtins.int = ...,
         coefficients_digest: _builtins.bytes = ...,
+        tree: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coefficients_digest", b"coefficients_digest", "committed", b"committed", "head", b"head", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coefficients_digest", b"coefficients_digest", "committed", b"committed", "head", b"head", "sequence", b"sequence", "tree", b"tree"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CheckpointHeader: _TypeAlias = CheckpointHeader  # noqa: Y015
+
+@_typing.final
+class GetHeadRequest(_message.Message):
+    """Asks for a signed head."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: _builtins.int
+    KNOWN_SIZE_FIELD_NUMBER: _builtins.int
+    size: _builtins.int
+    """Number of entries that it is asked of; 0: all there are."""
+    known_size: _builtins.int
+    """Number of entries that the caller has a head of already; 0: none."""
+    def __init__(
+        self,
+        *,
+        size: _builtins.int = ...,
+        known_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known_size", b"known_size", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetHeadRequest: _TypeAlias = GetHeadRequest  # noqa: Y015
+
+@_typing.final
+class GetHeadResponse(_message.Message):
+    """A history, signed, and that it begins with a known one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def head(self) -> Global___SignedHead:
+        """The history of the size asked for."""
+
+    @_builtins.property
+    def consistency(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Proof of RFC 9162, section 2.1.4, from known_size to size (32 bytes each)."""
+
+    def __init__(
+        self,
+        *,
+        head: Global___SignedHead | None = ...,
+        consistency: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "head", b"head"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetHeadResponse: _TypeAlias = GetHeadResponse  # noqa: Y015
+
+@_typing.final
+class SignedHead(_message.Message):
+    """What the coordinator says the first entries are, so that it cannot say otherwise later."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: _builtins.int
+    ROOT_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    size: _builtins.int
+    """Number of entries."""
+    root: _builtins.bytes
+    """Root of the Merkle tree over them (32 bytes)."""
+    digest: _builtins.bytes
+    """Digest of the last of them, by the hash chain (32 bytes)."""
+    key: _builtins.bytes
+    """The coordinator's public key, Ed25519 (32 bytes)."""
+    signature: _builtins.bytes
+    """Signature of the run's digest and of size, root and digest (64 bytes); see lorand.heads."""
+    def __init__(
+        self,
+        *,
+        size: _builtins.int = ...,
+        root: _builtins.bytes = ...,
+        digest: _builtins.bytes = ...,
+        key: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "key", b"key", "root", b"root", "signature", b"signature", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignedHead: _TypeAlias = SignedHead  # noqa: Y015
 
 @_typing.final
 class PostEvaluationRequest(_message.Message):

@@ -45,6 +45,11 @@ class LedgerServiceStub(object):
                 request_serializer=lorand_dot_v1_dot_ledger__pb2.GetCheckpointRequest.SerializeToString,
                 response_deserializer=lorand_dot_v1_dot_ledger__pb2.GetCheckpointResponse.FromString,
                 _registered_method=True)
+        self.GetHead = channel.unary_unary(
+                '/lorand.v1.LedgerService/GetHead',
+                request_serializer=lorand_dot_v1_dot_ledger__pb2.GetHeadRequest.SerializeToString,
+                response_deserializer=lorand_dot_v1_dot_ledger__pb2.GetHeadResponse.FromString,
+                _registered_method=True)
         self.PostEvaluation = channel.unary_unary(
                 '/lorand.v1.LedgerService/PostEvaluation',
                 request_serializer=lorand_dot_v1_dot_ledger__pb2.PostEvaluationRequest.SerializeToString,
@@ -70,6 +75,13 @@ class LedgerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetHead(self, request, context):
+        """Returns the coordinator's signature of the history, and a proof that it only grew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PostEvaluation(self, request, context):
         """Appends an evaluator's result to the ledger.
         """
@@ -89,6 +101,11 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.GetCheckpoint,
                     request_deserializer=lorand_dot_v1_dot_ledger__pb2.GetCheckpointRequest.FromString,
                     response_serializer=lorand_dot_v1_dot_ledger__pb2.GetCheckpointResponse.SerializeToString,
+            ),
+            'GetHead': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetHead,
+                    request_deserializer=lorand_dot_v1_dot_ledger__pb2.GetHeadRequest.FromString,
+                    response_serializer=lorand_dot_v1_dot_ledger__pb2.GetHeadResponse.SerializeToString,
             ),
             'PostEvaluation': grpc.unary_unary_rpc_method_handler(
                     servicer.PostEvaluation,
@@ -151,6 +168,33 @@ class LedgerService(object):
             '/lorand.v1.LedgerService/GetCheckpoint',
             lorand_dot_v1_dot_ledger__pb2.GetCheckpointRequest.SerializeToString,
             lorand_dot_v1_dot_ledger__pb2.GetCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorand.v1.LedgerService/GetHead',
+            lorand_dot_v1_dot_ledger__pb2.GetHeadRequest.SerializeToString,
+            lorand_dot_v1_dot_ledger__pb2.GetHeadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,8 @@ class LedgerServiceStub:
     """Returns entries in order, in pages; with `follow` it goes on as entries are committed."""
     GetCheckpoint: _grpc.UnaryStreamMultiCallable[_ledger_pb2.GetCheckpointRequest, _ledger_pb2.GetCheckpointResponse]
     """Returns the newest checkpoint at or before the head, in chunks."""
+    GetHead: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.GetHeadRequest, _ledger_pb2.GetHeadResponse]
+    """Returns the coordinator's signature of the history, and a proof that it only grew."""
     PostEvaluation: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.PostEvaluationRequest, _ledger_pb2.PostEvaluationResponse]
     """Appends an evaluator's result to the ledger."""
 
@@ -51,6 +53,8 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     """Returns entries in order, in pages; with `follow` it goes on as entries are committed."""
     GetCheckpoint: _aio.UnaryStreamMultiCallable[_ledger_pb2.GetCheckpointRequest, _ledger_pb2.GetCheckpointResponse]  # type: ignore[assignment]
     """Returns the newest checkpoint at or before the head, in chunks."""
+    GetHead: _aio.UnaryUnaryMultiCallable[_ledger_pb2.GetHeadRequest, _ledger_pb2.GetHeadResponse]  # type: ignore[assignment]
+    """Returns the coordinator's signature of the history, and a proof that it only grew."""
     PostEvaluation: _aio.UnaryUnaryMultiCallable[_ledger_pb2.PostEvaluationRequest, _ledger_pb2.PostEvaluationResponse]  # type: ignore[assignment]
     """Appends an evaluator's result to the ledger."""
 
@@ -72,6 +76,14 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_ledger_pb2.GetCheckpointResponse], _abc.AsyncIterator[_ledger_pb2.GetCheckpointResponse]]:
         """Returns the newest checkpoint at or before the head, in chunks."""
+
+    @_abc_1.abstractmethod
+    def GetHead(
+        self,
+        request: _ledger_pb2.GetHeadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.GetHeadResponse, _abc.Awaitable[_ledger_pb2.GetHeadResponse]]:
+        """Returns the coordinator's signature of the history, and a proof that it only grew."""
 
     @_abc_1.abstractmethod
     def PostEvaluation(

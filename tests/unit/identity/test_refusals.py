@@ -182,10 +182,17 @@ def outcome(channel: grpc.Channel, path: str, method: MethodDescriptor) -> Code:
 
 
 ANSWERED: Final = {
-    Role.WORKER: {"GetRun", "Participate", "ReadEntries", "GetCheckpoint", "GetStatus"},
-    Role.EVALUATOR: {"GetRun", "ReadEntries", "GetCheckpoint", "PostEvaluation", "GetStatus"},
-    Role.OBSERVER: {"GetRun", "ReadEntries", "GetCheckpoint", "GetStatus"},
-    Role.OPERATOR: {"GetRun", "ReadEntries", "GetCheckpoint", "GetStatus"},
+    Role.WORKER: {"GetRun", "Participate", "ReadEntries", "GetCheckpoint", "GetHead", "GetStatus"},
+    Role.EVALUATOR: {
+        "GetRun",
+        "ReadEntries",
+        "GetCheckpoint",
+        "GetHead",
+        "PostEvaluation",
+        "GetStatus",
+    },
+    Role.OBSERVER: {"GetRun", "ReadEntries", "GetCheckpoint", "GetHead", "GetStatus"},
+    Role.OPERATOR: {"GetRun", "ReadEntries", "GetCheckpoint", "GetHead", "GetStatus"},
 }
 
 
@@ -196,7 +203,7 @@ def test_each_role_may_call_its_own_methods_and_no_other(
     """What an empty request is answered otherwise is not the role's affair."""
     with credentials.channel(office.address, office.member(tmp_path, role, role)) as channel:
         found = outcomes(channel)
-    assert len(found) == 11
+    assert len(found) == 12
     refused = {name for name, code in found.items() if code == Code.PERMISSION_DENIED}
     assert found.keys() - refused == ANSWERED[role] | {"Check", "Renew"}
 
