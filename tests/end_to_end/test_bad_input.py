@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from tests import tiny
 from tests.commands import MakeRoom, free_port, wait_for
 from tests.end_to_end.peers import LIMIT_S, joined, peers, served, two
@@ -30,6 +31,7 @@ def test_a_port_in_use(make_room: MakeRoom) -> None:
     assert "set service.address" in text
 
 
+@pytest.mark.slow
 def test_run_files_that_are_missing_or_wrong(make_room: MakeRoom) -> None:
     room = make_room(two())
     serve = ("lr-coordinator", "serve")
@@ -55,6 +57,7 @@ def test_run_files_that_are_missing_or_wrong(make_room: MakeRoom) -> None:
     assert "write it again with `lr-worker prepare" in text
 
 
+@pytest.mark.slow
 def test_ledgers_that_cannot_be_used(make_room: MakeRoom) -> None:
     room = make_room(two())
     with served(room):
@@ -74,6 +77,7 @@ def test_ledgers_that_cannot_be_used(make_room: MakeRoom) -> None:
     assert "restore the run.lock of this run" in text
 
 
+@pytest.mark.slow
 def test_a_ledger_that_was_damaged(make_room: MakeRoom) -> None:
     room = make_room(two())
     with served(room) as (_, address), peers(address, room.config) as (one, two_):
@@ -123,6 +127,7 @@ def test_no_coordinator_to_ask(make_room: MakeRoom) -> None:
 # ------------------------------------------------------------- the worker's command
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_fit_says_why(
     make_room: MakeRoom, tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -15,6 +15,7 @@ def on_model(room: Room, command: str, *more: object) -> tuple[int, str]:
     return room.failure("lr-worker", command, room.run, "--model", room.model, *more)
 
 
+@pytest.mark.slow
 def test_a_perturbation_that_rounds_away(make_room: MakeRoom) -> None:
     """In bfloat16 weights a step of 1e-5 is no step: at prepare, calibrate and join."""
     settings: dict[str, Any] = {

@@ -189,6 +189,7 @@ def assert_checkpoint_and_tail(room: Room, address: str) -> None:
     assert np.array_equal(short.coefficients, whole.coefficients)
 
 
+@pytest.mark.slow
 def test_what_the_commands_print_can_be_parsed(make_room: MakeRoom) -> None:
     """Status, health, ledger, export and evaluate: their JSON, and that it is true."""
     room = make_room(tiny.settings("backprop", run={"rounds": 4}))
