@@ -103,7 +103,10 @@ def serve(
     ] = "",
     signing_key: Annotated[
         Path | None,
-        typer.Option(help="The key that signs the ledger; default: beside it; made if need be."),
+        typer.Option(
+            help="The key that signs the ledger, made if need be; several coordinators have copies "
+            "of one. Default: beside the ledger, or beside the run file."
+        ),
     ] = None,
     roster: Annotated[
         Path | None,

@@ -1,7 +1,6 @@
 """Commands about who may take part: invite, members, revoke, rotate."""
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -128,8 +127,7 @@ def members(
 ) -> None:
     """List members and open invitations, and until when they are good."""
     with _opened(run, identity_dir) as found:
-        listed = found.members.listed()
-    present = time.time()
+        listed, present = found.members.listed(), found.members.clock()
     if json_output:
         lines = [
             {
