@@ -5,8 +5,8 @@ gradient is clipped, Gaussian noise is added to the sum over a Poisson sample. W
 each has a noise of its own and the mean of their steps is taken. Opacus is no dependency of this
 project; install it beside the environment and name the folder:
 
-    pip install --no-deps --target /var/tmp/opacus opacus opt-einsum
-    PYTHONPATH=$PYTHONPATH:/var/tmp/opacus python -m experiments.privacy_utility
+    pip install --no-deps --target FOLDER opacus opt-einsum
+    PYTHONPATH=$PYTHONPATH:FOLDER python -m experiments.privacy_utility
 """
 
 import importlib.util

@@ -93,9 +93,9 @@ class Link:
         if self._channel is not None:
             self._channel.close()
 
-    def _turn(self) -> None:
-        """Go on with the next address."""
-        if len(self._addresses) > 1:
+    def _turn(self, *, failed: bool) -> None:
+        """Go on with the next address, or with another channel in place of one that failed."""
+        if failed or len(self._addresses) > 1:
             self._addresses = [*self._addresses[1:], self._addresses[0]]
             self._open()
 
@@ -114,8 +114,7 @@ class Link:
             except Retry as error:
                 why, answered = str(error), True
             except grpc.RpcError as error:
-                why = _explain(self.address, error)
-                self._open()
+                why = _explain(self._addresses[0], error)
             now = time.monotonic()
             if now - began > BACKOFF_LARGEST_S:
                 tries, since = 0, now
@@ -131,7 +130,7 @@ class Link:
                     f"`lr-coordinator serve` runs{self._doubt()}, then give the same command again"
                 )
             on_wait(why)
-            self._turn()
+            self._turn(failed=not answered)
             limit = min(BACKOFF_LARGEST_S, BACKOFF_FIRST_S * 2 ** (tries // len(self._addresses)))
             time.sleep(random.SystemRandom().uniform(0, limit))
             tries += 1
