@@ -5,7 +5,7 @@ The gRPC session and the simulator drive the same object.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -17,15 +17,13 @@ from lorand.directions import Indices
 from lorand.errors import ContributionError, HandshakeError, LorandError
 from lorand.ledger import Position
 from lorand.privacy.mechanism import Integers
+from lorand.privacy.secure_sum import SumMember
 from lorand.subspaces import elections
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand_worker.budget import Budget
 from lorand_worker.estimators import Measurement, NonFiniteLoss, Order
 from lorand_worker.feedback import Awaited, Memory
-
-if TYPE_CHECKING:  # the library behind it is an extra
-    from lorand.privacy.secure_sum import SumMember
 
 Request = wire.ParticipateRequest
 
@@ -100,7 +98,7 @@ class Participant:
         uniform: Callable[[int], Floats] = codec.system_uniform,
         memory: Memory | None = None,
         budget: Budget | None = None,
-        member: "SumMember | None" = None,
+        member: SumMember | None = None,
     ) -> None:
         """Start at a position; the bench is brought there before the first measurement.
 

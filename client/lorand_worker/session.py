@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 import grpc
 
@@ -14,6 +14,7 @@ from lorand.config import PROTOCOL_VERSION, RunConfig
 from lorand.errors import HandshakeError
 from lorand.ledger import Position
 from lorand.manifest import Identity
+from lorand.privacy.secure_sum import SumMember
 from lorand.subspaces import cosines
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
@@ -25,10 +26,6 @@ from lorand_worker.link import FEATURES, Link, Retry, Stream
 from lorand_worker.participant import Bench, Participant
 from lorand_worker.tasks import Score
 from lorand_worker.witness import Witness
-
-if TYPE_CHECKING:  # the library behind it is an extra
-    from lorand.privacy.secure_sum import SumMember
-
 
 CHECK_EVERY: Final = 50
 """Commits after which the coordinator is asked for its signature of the history."""
@@ -58,7 +55,7 @@ class Session:
     """Folder in which what must survive a restart is kept; None: nothing does."""
     budget: Budget | None = None
     """What a private run is charged to."""
-    member: "SumMember | None" = None
+    member: SumMember | None = None
     """This worker's part in the secure sums of a run that has them."""
     coordinator_key: bytes | None = None
     """The key that the ledger must be signed by; None: the first one seen."""

@@ -7,8 +7,10 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +44,7 @@ from lorand_coordinator import (
 from lorand_coordinator.hub import Hub
 from lorand_coordinator.identity.admission import Admission
 from lorand_coordinator.identity_cli import CredentialsFile, HostNames, IdentityFolder, Insecure
+from lorand_coordinator.masked import SecureSum
 from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.service import serve as serve_hub
 from lorand_coordinator.store import SqliteStore
@@ -153,42 +156,42 @@ def serve(
     shared = ledgers.in_database(location)
     beside = run.with_name(f"{config.run.name}.ledger") if shared else Path(location)
     key_path = signing_key or signing.key_beside(beside)
-    members = roster or run.with_name("roster.json")
+    # What is wrong with the roster or the noise is told now, not when somebody leads.
+    summing = _summing(config, roster or run.with_name("roster.json"))
     with ExitStack() as stack:
         admission = None
         if not insecure:
             admission = identity_cli.admission(config, run, identity_dir, host_name or [])
             stack.callback(admission.close)
         if shared:
-            # What is wrong with these is told now, not at a takeover.
-            _summing(config, members)
             if key_path.exists():
                 signing.key_at(key_path)
-            several = _Shared(config, str(location), identity, members, key_path)
+            several = _Shared(config, str(location), identity, summing, key_path)
             asyncio.run(_share(several, admission, json_output))
             return
-        summing = _summing(config, members)
         store = SqliteStore(location)
         stack.callback(store.close)
         key = signing.key_at(key_path)
-        sequencer = Sequencer(config, store, identity, summing, key)
+        sequencer = Sequencer(config, store, identity, summing(), key)
         asyncio.run(_serve(sequencer, admission, json_output))
 
 
-def _summing(config: RunConfig, roster: Path) -> Summing | None:
-    """Return what makes the noisy sums of a run that has them. Raises ConfigError."""
-    if not config.privacy.summed:
-        return None
-    members = None
-    if config.privacy.mode == "secure-sum":
-        from lorand_coordinator.masked import SecureSum
+MakeSumming = Callable[[], Summing | None]
 
-        members = Roster.read(roster)
+
+def _summing(config: RunConfig, roster: Path) -> MakeSumming:
+    """Return what makes the noisy sums of a run that has them, anew for each time it is led.
+
+    The noise is calculated once, here. Raises ConfigError.
+    """
+    if not config.privacy.summed:
+        return lambda: None
+    members = Roster.read(roster) if config.privacy.mode == "secure-sum" else None
     logging.getLogger("lorand.coordinator").info("calculating the noise of the sums")
     multiplier = plan.planned(config).multiplier
     if members is None:
-        return CentralSum(config, multiplier)
-    return SecureSum(config, members, multiplier)
+        return partial(CentralSum, config, multiplier)
+    return partial(SecureSum, config, members, multiplier)
 
 
 def _interrupted() -> asyncio.Event:
@@ -235,7 +238,7 @@ class _Shared:
     config: RunConfig
     url: str
     identity: Identity | None
-    roster: Path
+    summing: MakeSumming
     signing_key: Path
 
 
@@ -250,8 +253,7 @@ async def _share(run: _Shared, admission: Admission | None, json_output: bool) -
         try:
             # The key only now: who leads first makes it, and nobody else writes beside it.
             key = signing.shared_key(run.signing_key, store)
-            summing = _summing(config, run.roster)
-            sequencer = Sequencer(config, store, run.identity, summing, key)
+            sequencer = Sequencer(config, store, run.identity, run.summing(), key)
             store.begin_lease()
             return sequencer
         except BaseException:
