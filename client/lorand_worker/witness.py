@@ -94,7 +94,8 @@ class Witness:
             return ""
         return (
             f". {self._path} has its signature: `lr-coordinator ledger verify FILE --head` tells "
-            "which ledger it is of"
+            "which ledger it is of. Where its owner says that the run was begun anew on purpose, "
+            "remove that file, or join with another --state"
         )
 
     def _read(self) -> KeptHead | None:

@@ -148,6 +148,8 @@ class Demo:
             domain,
             *("lr-worker", "join", f"127.0.0.1:{relay.port}", "--insecure"),
             *("--data", data, "--seed-pool"),
+            # Of its own: each demo begins the same runs anew, which workers with a memory refuse.
+            *("--state", str(self._folder / "state")),
             *("--name", domain, "--model", self._model, "--threads", "1", "--device", "cpu"),
         ).start()
         stack.push_async_callback(worker.stop)
