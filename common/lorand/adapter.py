@@ -1,7 +1,16 @@
-"""The kilobyte adapter: coefficients and what they refer to; enough to rebuild all weights."""
+"""The kilobyte adapter: coefficients and what they refer to; enough to rebuild all weights.
+
+`adapter.safetensors` holds A as integers, or, where that is smaller, as zlib of their byte planes
+(all lowest bytes, then all second bytes, …), which are bytes that any reader of safetensors shows:
+half the size or less where few rounds or few directions moved it. `adapter_config.json` says what A
+refers to.
+"""
 
 import json
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,10 +21,10 @@ from safetensors.numpy import load_file, save_file
 
 from lorand import strict_json
 from lorand.closed import Closed, Sparse, narrow
-from lorand.coefficients import Coefficients
+from lorand.coefficients import Coefficients, check_magnitude
 from lorand.config import RunConfig
 from lorand.errors import LedgerError, ModelError
-from lorand.ledger import Position, origin
+from lorand.ledger import Position, coefficients_digest, origin
 from lorand.manifest import Identity
 from lorand.subspaces import periods
 from lorand.subspaces.elections import Elections
@@ -23,6 +32,7 @@ from lorand.subspaces.elections import Elections
 WEIGHTS_FILE: Final = "adapter.safetensors"
 CONFIG_FILE: Final = "adapter_config.json"
 FORMAT: Final = "lorand/adapter/v1"
+UNREADABLE: Final = (OSError, ValueError, TypeError, KeyError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -68,13 +78,18 @@ def position(adapter: Adapter) -> Position:
 def save(adapter: Adapter, folder: Path) -> int:
     """Write adapter.safetensors and adapter_config.json; return the bytes of the first.
 
-    Coefficients are 32-bit where they fit (16 KB at K = 4096), else 64-bit.
+    Coefficients are 32-bit where they fit (at most 16 KB at K = 4096), else 64-bit.
     """
+    directions = adapter.config.directions
     content: dict[str, Any] = {
         "format": FORMAT,
         "base_model": adapter.config.model.name,
         "revision": adapter.config.model.revision,
-        "pool_size": adapter.config.directions.pool_size,
+        "base_digest": adapter.identity.base_digest.hex(),
+        "pool_size": directions.pool_size,
+        "pool_family": directions.family,
+        "quantum_exponent": directions.quantum_exponent,
+        "coefficients_digest": coefficients_digest(adapter.coefficients).hex(),
         "labels": list(adapter.config.task.labels),
         "committed": adapter.committed,
         "ledger_head": adapter.head.hex(),
@@ -86,7 +101,7 @@ def save(adapter: Adapter, folder: Path) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
-            "coefficients": narrow(adapter.coefficients),
+            **_packed(narrow(adapter.coefficients)),
             **_pack_closed(adapter.closed),
             **adapter.elections.to_arrays(),
         }
@@ -104,11 +119,17 @@ def load(folder: Path) -> Adapter:
         if content["format"] != FORMAT:
             raise ModelError(f"{folder} has format {content['format']!r}, not {FORMAT!r}")
         tensors = load_file(folder / WEIGHTS_FILE)
-        packed = tensors["coefficients"]
         config = RunConfig.from_json(json.dumps(content["run"]))
         identity = Identity.from_lock(json.dumps(content["identity"]))
-        if packed.shape != (config.directions.pool_size,) or packed.dtype.kind != "i":
+        coefficients = _unpacked(tensors, config.directions.pool_size)
+        if coefficients is None:
             raise ModelError(f"the coefficients in {folder} do not fit their pool")
+        digest = content.get("coefficients_digest")
+        if digest is not None and digest != coefficients_digest(coefficients).hex():
+            raise ModelError(
+                f"{folder}: {CONFIG_FILE} is of other coefficients than {WEIGHTS_FILE} holds; take "
+                "both files of one export"
+            )
         committed, closed = int(content["committed"]), _unpack_closed(tensors)
         if len(closed) != config.pool_after(committed):
             raise ValueError(f"{committed} rounds do not leave {len(closed)} pools")
@@ -117,16 +138,96 @@ def load(folder: Path) -> Adapter:
         return Adapter(
             config,
             identity,
-            packed.astype(np.int64),
+            coefficients,
             committed,
             bytes.fromhex(content["ledger_head"]),
             closed,
             _elections(config, identity, tensors, content, committed),
         )
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError, LedgerError) as error:
+    except (*UNREADABLE, SafetensorError, LedgerError) as error:
         raise ModelError(
             f"{folder} holds no readable adapter ({error!r}); write one with `lr-worker export`"
         ) from error
+
+
+def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Return the adapter of Σ_i weight_i · A_i: exact where weights are integers, else rounded.
+
+    All are of one pool: the same base, trainable tensors and directions. Pools that their runs left
+    behind are added one by one. What is returned says for its head of which adapters it is a sum;
+    the run, its labels and its length are the longest one's. Raises ModelError.
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise ModelError(f"{len(weights)} weights for {len(adapters)} adapters: give one each")
+    first = max(adapters, key=lambda one: len(one.closed))
+    for other in adapters:
+        if other is not first:
+            _check_same_pool(first, other)
+    size, count = first.config.directions.pool_size, len(first.closed)
+
+    def added(number: int) -> Coefficients:
+        total = np.zeros(size, np.int64)
+        for one, weight in zip(adapters, weights, strict=True):
+            if number <= len(one.closed):
+                here = number == len(one.closed)
+                part = one.coefficients if here else one.closed[number].dense(size)
+                exact = float(weight).is_integer()
+                total += part * int(weight) if exact else np.rint(part * weight).astype(np.int64)
+                check_magnitude(total)
+        return total
+
+    head = sha256(b"lorand/sum/v1")
+    for one, weight in zip(adapters, weights, strict=True):
+        head.update(one.head + f"{float(weight)!r}\0".encode())
+    closed = Closed(Sparse.of(added(number)) for number in range(count))
+    return replace(first, coefficients=added(count), closed=closed, head=head.digest())
+
+
+def _check_same_pool(ours: Adapter, theirs: Adapter) -> None:
+    """Raise ModelError unless coefficients of both mean the same."""
+    differ = [
+        what
+        for what, one, other in (
+            ("base model", ours.identity.base_digest, theirs.identity.base_digest),
+            ("tokenizer", ours.identity.tokenizer_digest, theirs.identity.tokenizer_digest),
+            ("trainable tensors", ours.identity.manifest, theirs.identity.manifest),
+            ("directions", ours.config.directions, theirs.config.directions),
+            ("subspaces", ours.config.subspace, theirs.config.subspace),
+            ("elected subspaces", (), (*ours.elections.bases, *theirs.elections.bases)),
+            ("labels", ours.config.task.labels, theirs.config.task.labels),
+        )
+        if one != other
+    ]
+    if differ:
+        raise ModelError(
+            f"the adapters of {ours.config.run.name!r} and {theirs.config.run.name!r} are of other "
+            f"{' and '.join(differ)}, so that their numbers cannot be added: train both on one"
+        )
+
+
+def _packed(values: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """A as a tensor of a file: integers, or zlib of their byte planes where that is smaller."""
+    planes = values.view(np.uint8).reshape(len(values), -1).T
+    small = zlib.compress(planes.tobytes(), 9)
+    if len(small) >= values.nbytes:
+        return {"coefficients": values}
+    return {f"coefficients_zlib_{values.dtype.name}": np.frombuffer(small, np.uint8)}
+
+
+def _unpacked(tensors: dict[str, NDArray[Any]], size: int) -> Coefficients | None:
+    """A, shape (size,), of a file's tensors; None where they hold another number of integers."""
+    for dtype in (np.dtype("<i4"), np.dtype("<i8")):
+        packed = tensors.get(f"coefficients_zlib_{dtype.name}")
+        if packed is not None:
+            inflate, wanted = zlib.decompressobj(), size * dtype.itemsize
+            planes = inflate.decompress(packed.tobytes(), wanted + 1)  # never more than it may be
+            if len(planes) != wanted:
+                return None
+            parts = np.frombuffer(planes, np.uint8).reshape(dtype.itemsize, size)
+            return np.ascontiguousarray(parts.T).view(dtype).reshape(size).astype(np.int64)
+    plain = tensors["coefficients"]
+    fits = plain.shape == (size,) and plain.dtype.kind == "i"
+    return plain.astype(np.int64) if fits else None
 
 
 def _elections(

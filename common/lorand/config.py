@@ -53,10 +53,12 @@ ADDED_LATER: Final[dict[str, dict[str, object]]] = {
         "label_words": [],
         "prompt_column": "prompt",
         "answer_column": "answer",
+        "format": "pairs",
+        "messages_column": "messages",
     },
     "codec": {"rounding": "nearest"},
     "optimizer": {"warmup_rounds": 0, "spread_decay": 0.9, "clip_factor": 0.0, "refined": []},
-    "estimator": {"max_batch_size": 0, "max_directions_per_round": 0},
+    "estimator": {"max_batch_size": 0, "max_directions_per_round": 0, "mixed": False},
     "rounds": {"aggregation": "mean", "trim": 0.3, "deadline_k": 0.0, "participants": 0},
     "directions": {"scale_rule": "head", "drawing": "uniform", "rotate_every": 0},
     "subspace": {
@@ -146,6 +148,7 @@ class EstimatorSection(Section):
     perturbation_scale: Annotated[float, Field(gt=0, le=1024, allow_inf_nan=False)] = 0.01
     directions_per_round: Count = 8
     max_directions_per_round: Annotated[int, Field(ge=0, le=2**20)] = 0
+    mixed: bool = False
 
 
 class LocalSection(Section):
@@ -247,6 +250,8 @@ class ServiceSection(Section):
     max_workers: Annotated[int, Field(ge=1, le=100_000)] = 1000
     outbox_messages: Annotated[int, Field(ge=8, le=100_000)] = 256
     tail_entries: Annotated[int, Field(ge=1, le=100_000)] = 512
+    messages_per_s: Annotated[float, Field(ge=1, le=100_000)] = 500.0
+    calls_per_s: Annotated[float, Field(ge=1, le=100_000)] = 20.0
     commit_retry_s: Positive = 5.0
     drain_s: Positive = 5.0
     quarantine: bool = False

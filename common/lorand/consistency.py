@@ -66,6 +66,7 @@ def _measured(config: "RunConfig") -> Refusals:
         estimator.kind == "backprop" and directions.drawing != "uniform",
         'estimator "backprop" reports the whole pool: set directions.drawing = "uniform"',
     )
+    yield from _mixed(config)
     yield (
         directions.family == "independent" and directions.pool_size > 4096,
         'directions.family = "independent" costs K passes; use "hadamard" above 4096',
@@ -74,6 +75,26 @@ def _measured(config: "RunConfig") -> Refusals:
         config.codec.rounding == "unbiased" and config.codec.up == "sign",
         'codec.up = "sign" keeps only signs, which cannot be unbiased: set '
         'codec.rounding = "nearest", or codec.up = "int8" or "log8"',
+    )
+
+
+def _mixed(config: "RunConfig") -> Refusals:
+    """Workers that measure the same scalars in their own way."""
+    mixed = config.estimator.mixed
+    yield (
+        mixed and config.estimator.kind != "spsa",
+        "estimator.mixed lets workers measure the slopes that two losses tell by a backward pass: "
+        'set estimator.kind = "spsa", or mixed = false',
+    )
+    yield (
+        mixed and config.subspace.probe,
+        "subspace.probe compares curvatures, which a backward pass does not tell: set "
+        "estimator.mixed = false, or subspace.probe = false",
+    )
+    yield (
+        mixed and config.privacy.noised,
+        "the noise of a private run is calculated for one estimator: with [privacy] set "
+        "estimator.mixed = false",
     )
 
 

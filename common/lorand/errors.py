@@ -31,6 +31,10 @@ class HandshakeError(LorandError):
     exit_code = 5
 
 
+class Behind(HandshakeError):
+    """A coordinator has fewer entries than one showed before: rolled back, or not yet told."""
+
+
 class LedgerError(LorandError):
     """The ledger is corrupt, belongs to another run, or cannot be written."""
 

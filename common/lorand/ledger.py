@@ -55,16 +55,32 @@ def coefficients_digest(coefficients: Coefficients) -> bytes:
     return hashlib.sha256(pack_coefficients(coefficients)).digest()
 
 
-def pack_coefficients(coefficients: Coefficients) -> bytes:
-    """Return A as little-endian 64-bit integers."""
-    return coefficients.astype("<i8").tobytes()
+def width_of(coefficients: Coefficients) -> int:
+    """Return the fewest bytes, 1 to 8, that hold each coefficient in two's complement.
+
+    >>> width_of(np.array([127, -128])), width_of(np.array([128, 0]))
+    (1, 2)
+    """
+    furthest = max(int(coefficients.max()), ~int(coefficients.min()))
+    return furthest.bit_length() // 8 + 1
 
 
-def unpack_coefficients(data: bytes, size: int) -> Coefficients:
-    """Return A. Raises LedgerError when the length is not 8·K."""
-    if len(data) != 8 * size:
-        raise LedgerError(f"{size} coefficients take {8 * size} bytes, not {len(data)}")
-    return np.frombuffer(data, "<i8").astype(np.int64)
+def pack_coefficients(coefficients: Coefficients, width: int = 8) -> bytes:
+    """Return A as little-endian integers of so many bytes, which must hold them (`width_of`)."""
+    assert width >= width_of(coefficients)
+    parts = coefficients.astype("<i8").view(np.uint8).reshape(-1, 8)
+    return parts[:, :width].tobytes()
+
+
+def unpack_coefficients(data: bytes, size: int, width: int = 8) -> Coefficients:
+    """Return A. Raises LedgerError when the length is not width·K."""
+    if not 1 <= width <= 8 or len(data) != width * size:
+        raise LedgerError(f"{size} coefficients of {width} bytes are not {len(data)} bytes")
+    parts = np.frombuffer(data, np.uint8).reshape(size, width)
+    whole = np.zeros((size, 8), np.uint8)
+    whole[:, :width] = parts
+    whole[:, width:] = np.where(parts[:, -1:] >= 128, 255, 0)  # the sign
+    return whole.view("<i8").reshape(size).astype(np.int64)
 
 
 def parse(body: bytes) -> pb.Entry:

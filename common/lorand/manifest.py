@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from lorand import strict_json
@@ -11,6 +12,7 @@ from lorand.errors import ConfigError, ModelError
 
 MAX_TENSORS: Final = 100_000
 LOCK_FORMAT: Final = "lorand/run.lock/v1"
+LOCK_NAME: Final = "run.lock"
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,19 @@ class Identity:
             },
             indent=1,
         )
+
+    @staticmethod
+    def beside(run: Path) -> "Identity | None":
+        """Return what the run.lock beside a run file says, None without one. Raises ConfigError."""
+        lock = run.with_name(LOCK_NAME)
+        if not lock.exists():
+            return None
+        try:
+            return Identity.from_lock(lock.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"cannot read {lock}: {error}; write it again with `lr-worker prepare {run}`"
+            ) from error
 
     @staticmethod
     def from_lock(text: str) -> "Identity":

@@ -55,7 +55,11 @@ class ModelSection(Section):
 
 
 class TaskSection(Section):
-    """What is learned: a text's label (classification, label-words), or answers (causal-lm)."""
+    """What is learned: a text's label (classification, label-words), or answers (causal-lm).
+
+    Those are answers to prompts (`pairs`), whole texts (`text`), or what the assistant says in
+    conversations, written as the tokenizer's own template has it (`chat`).
+    """
 
     kind: TaskKind = "classification"
     labels: Annotated[tuple[str, ...], Field(max_length=10_000, validate_default=True)] = ()
@@ -65,6 +69,8 @@ class TaskSection(Section):
     label_words: tuple[str, ...] = ()
     prompt_column: str = "prompt"
     answer_column: str = "answer"
+    format: Literal["pairs", "text", "chat"] = "pairs"
+    messages_column: str = "messages"
 
     @field_validator("labels")
     @classmethod
@@ -98,6 +104,11 @@ class TaskSection(Section):
             )
             if self.template.count(MASK) > 1:
                 raise ValueError(f"template has {MASK} more than once; one word is predicted")
+        if self.format != "pairs" and (self.kind != "causal-lm" or self.template):
+            raise ValueError(
+                f'format = "{self.format}" is for kind = "causal-lm", without a template: set it, '
+                'or leave format at "pairs"'
+            )
         if self.kind == "causal-lm":
             if self.label_words:
                 raise ValueError('label_words are for kind = "label-words"; remove them')

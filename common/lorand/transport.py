@@ -14,11 +14,21 @@ MAX_MESSAGE_BYTES: Final = BASE_MESSAGE_BYTES + (9 << 20)
 BATCH: Final = "batch"
 """The feature of workers that take several messages at once."""
 METADATA_BYTES: Final = 16 << 10
+PUSHBACK: Final = "grpc-retry-pushback-ms"
+"""With it, RESOURCE_EXHAUSTED means: come back later (gRPC's proposal A6)."""
+SPARE_CONNECTIONS: Final = 64
+"""For evaluators, observers and operators."""
 
 KEEPALIVE_MS: Final = 60_000
 KEEPALIVE_TIMEOUT_MS: Final = 20_000
 SERVER_MIN_PING_MS: Final = 30_000
 HANDSHAKE_MS: Final = 10_000
+IDLE_MS: Final = 1_800_000
+"""A connection without a call is closed after so long; a worker may load its model meanwhile."""
+STREAMS: Final = 8
+"""Calls that a connection may have open."""
+WINDOW_BYTES: Final = 64 << 10
+"""What a peer may send on a stream before it is read."""
 
 
 def split(address: str) -> tuple[str, int]:
@@ -59,6 +69,11 @@ def message_limit(config: RunConfig) -> int:
     return BASE_MESSAGE_BYTES + (8 if config.privacy.summed else 4) * config.num_directions
 
 
+def most_connections(config: RunConfig) -> int:
+    """Return how many connections a coordinator has at most, and calls: a worker may need two."""
+    return 2 * config.service.max_workers + SPARE_CONNECTIONS
+
+
 def several(addresses: str) -> list[str]:
     """Return the HOST:PORT of a list with commas. Raises ConfigError without one."""
     found = [part.strip() for part in addresses.split(",") if part.strip()]
@@ -88,14 +103,29 @@ def channel_options() -> list[tuple[str, int]]:
 
 
 def server_options(config: RunConfig) -> list[tuple[str, int]]:
-    """Options of the coordinator's server. Two processes never share a port."""
+    """Options of the coordinator's server."""
     return [
-        ("grpc.max_receive_message_length", message_limit(config)),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_metadata_size", METADATA_BYTES),
-        ("grpc.max_concurrent_streams", 8),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+        *bounds(message_limit(config), most_connections(config)),
+    ]
+
+
+def bounds(message_bytes: int, connections: int) -> list[tuple[str, int]]:
+    """Options that bound what strangers cost any server. Two processes never share a port.
+
+    Unfinished handshakes end in time, connections above the number are closed at once.
+    """
+    return [
+        ("grpc.max_receive_message_length", message_bytes),
+        ("grpc.max_metadata_size", METADATA_BYTES),
+        ("grpc.max_concurrent_streams", STREAMS),
+        ("grpc.max_allowed_incoming_connections", connections),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
+        ("grpc.max_connection_idle_ms", IDLE_MS),
+        ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+        ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", SERVER_MIN_PING_MS),
         ("grpc.so_reuseport", 0),
     ]

@@ -1,16 +1,10 @@
 """lr-coordinator: order the rounds of a run and keep its ledger."""
 
-import asyncio
 import json
-import logging
-import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +14,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.live import Live
 
-from lorand import credentials, runfile
-from lorand.config import RunConfig, load
+from lorand import credentials, logs, runfile
+from lorand.config import load
 from lorand.credentials import Credentials
 from lorand.errors import ConfigError, ConnectionLost, LorandError
-from lorand.manifest import Identity
-from lorand.privacy import plan
-from lorand.privacy.roster import Roster
+from lorand.logs import LogFormat, LogFormatFlag
+from lorand.otel import OTel
+from lorand.tracking import ReportTo, TrackingFolder
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
 from lorand_coordinator import (
@@ -34,21 +28,16 @@ from lorand_coordinator import (
     history,
     identity_cli,
     ledger_cli,
-    ledgers,
     payoff,
+    preflight,
     presets,
     refinement,
+    run_lock,
+    serving,
     show,
-    signing,
 )
-from lorand_coordinator.hub import Hub
-from lorand_coordinator.identity.admission import Admission
 from lorand_coordinator.identity_cli import CredentialsFile, HostNames, IdentityFolder, Insecure
-from lorand_coordinator.masked import SecureSum
-from lorand_coordinator.sequencer import Sequencer
-from lorand_coordinator.service import serve as serve_hub
-from lorand_coordinator.store import SqliteStore
-from lorand_coordinator.summing import CentralSum, Summing
+from lorand_coordinator.monitoring import Asked, Monitor
 
 EXIT_CODES = """Exit codes: 0 done; 2 wrong run file or flag; 5 refused; 6 ledger damaged, in use or
 of another run; 7 coordinator not reached; 1 anything else; 130 interrupted."""
@@ -65,6 +54,7 @@ for command in (
     identity_cli.members,
     identity_cli.revoke,
     identity_cli.rotate,
+    preflight.preflight,
 ):
     app.command()(command)
 
@@ -118,157 +108,55 @@ def serve(
     identity_dir: IdentityFolder = None,
     host_name: HostNames = None,
     insecure: Insecure = False,
+    page: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Serve a page that shows the run, and /metrics, say at 127.0.0.1:7780; at an "
+            "address that others reach it asks for a token.",
+        ),
+    ] = "",
+    report_to: ReportTo = "",
+    tracking_dir: TrackingFolder = None,
+    otel: OTel = "",
+    log_format: LogFormatFlag = LogFormat.TEXT,
     json_output: Json = False,
 ) -> None:
     """Serve a run until interrupted. Started again, it goes on where the ledger ends."""
+    logs.configure(log_format)
     config = load(run)
     if address:
         service = config.service.model_copy(update={"address": address})
         config = config.model_copy(update={"service": service})
     identity_cli.check_addresses(config, insecure)
-    lock = run.with_name("run.lock")
-    identity = None
-    if lock.exists():
-        try:
-            text = lock.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"cannot read {lock}: {error}; write it again with `lr-worker prepare {run}`"
-            ) from error
-        identity = Identity.from_lock(text)
-    elif not config.run.adopt_first_worker:
-        raise ConfigError(
-            f"there is no {lock}; write it with `lr-worker prepare {run}`, "
-            "or set run.adopt_first_worker = true"
-        )
-    elif config.directions.scale_rule == "calibrated":
-        raise ConfigError(
-            f"there is no {lock} with calibrated scales (directions.scale_rule); write it with "
-            f"`lr-worker prepare {run} --calibrate DATA`"
-        )
-    elif config.subspace.measures_ranks:
-        raise ConfigError(
-            f"there is no {lock} with the ranks of matrices (subspace.rank_rule); write it with "
-            f"`lr-worker prepare {run}`"
-        )
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    serving.check_descriptors(config)
+    beside = run.with_name(config.run.name)
+    asked = Asked(
+        page=page,
+        report_to=report_to,
+        token_file=beside.with_name(f"{beside.name}.page-token"),
+        folder=tracking_dir or run.with_name("tracking"),
+        otel=otel,
+    )
+    asked.check()
+    identity = run_lock.read(run, config)
     location = ledger_at or config.service.ledger or run.with_name(f"{config.run.name}.ledger")
-    shared = ledgers.in_database(location)
-    beside = run.with_name(f"{config.run.name}.ledger") if shared else Path(location)
-    key_path = signing_key or signing.key_beside(beside)
-    # What is wrong with the roster or the noise is told now, not when somebody leads.
-    summing = _summing(config, roster or run.with_name("roster.json"))
+    served = serving.Serving(
+        config=config,
+        ledger=location,
+        identity=identity,
+        # What is wrong with the roster or the noise is told now, not when somebody leads.
+        summing=serving.summing_of(config, roster or run.with_name("roster.json")),
+        signing_key=signing_key or serving.key_by(config, location, run),
+        monitor=Monitor(config, location, asked),
+        json_output=json_output,
+    )
     with ExitStack() as stack:
         admission = None
         if not insecure:
             admission = identity_cli.admission(config, run, identity_dir, host_name or [])
             stack.callback(admission.close)
-        if shared:
-            if key_path.exists():
-                signing.key_at(key_path)
-            several = _Shared(config, str(location), identity, summing, key_path)
-            asyncio.run(_share(several, admission, json_output))
-            return
-        store = SqliteStore(location)
-        stack.callback(store.close)
-        key = signing.key_at(key_path)
-        sequencer = Sequencer(config, store, identity, summing(), key)
-        asyncio.run(_serve(sequencer, admission, json_output))
-
-
-MakeSumming = Callable[[], Summing | None]
-
-
-def _summing(config: RunConfig, roster: Path) -> MakeSumming:
-    """Return what makes the noisy sums of a run that has them, anew for each time it is led.
-
-    The noise is calculated once, here. Raises ConfigError.
-    """
-    if not config.privacy.summed:
-        return lambda: None
-    members = Roster.read(roster) if config.privacy.mode == "secure-sum" else None
-    logging.getLogger("lorand.coordinator").info("calculating the noise of the sums")
-    multiplier = plan.planned(config).multiplier
-    if members is None:
-        return partial(CentralSum, config, multiplier)
-    return partial(SecureSum, config, members, multiplier)
-
-
-def _interrupted() -> asyncio.Event:
-    """Return an event that SIGINT and SIGTERM set."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    return stop
-
-
-async def _serve(sequencer: Sequencer, admission: Admission | None, json_output: bool) -> None:
-    config = sequencer.config
-    key = sequencer.key.public if sequencer.key else b""
-    stop = _interrupted()
-
-    def ready(bound: str, enrolment: str) -> None:
-        if json_output:
-            where = {"address": bound, "enrolment": enrolment, "key": key.hex()}
-            out(json.dumps({"event": "listening", **where, "run": config.run.name}))
-        else:
-            out(
-                f"run {config.run.name!r}: {sequencer.engine.committed} of {config.run.rounds} "
-                f"rounds committed, {len(sequencer.store)} entries; listening on {bound}"
-                + (f"; members enrol at {enrolment}" if enrolment else ", for this machine alone")
-                + f"\nits ledger is signed by {key.hex()}"
-            )
-        sys.stdout.flush()
-
-    await serve_hub(
-        Hub(sequencer),
-        on_ready=ready,
-        until=stop,
-        admission=admission,
-        enrol_at=identity_cli.enrolment_address(config),
-    )
-    logging.getLogger("lorand.coordinator").info("stopped; the ledger is whole")
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """A run whose ledger is in a database, as one of its coordinators was told of it."""
-
-    config: RunConfig
-    url: str
-    identity: Identity | None
-    summing: MakeSumming
-    signing_key: Path
-
-
-async def _share(run: _Shared, admission: Admission | None, json_output: bool) -> None:
-    """Be one of several coordinators of a run whose ledger is in a database."""
-    ledgers.check_installed()
-    from lorand_coordinator import standby
-    from lorand_coordinator.store_postgres import PostgresStore
-
-    def take_over(config: RunConfig, leader: str) -> Sequencer:
-        store = PostgresStore(run.url, config.run.name, leader=leader)
-        try:
-            # The key only now: who leads first makes it, and nobody else writes beside it.
-            key = signing.shared_key(run.signing_key, store)
-            sequencer = Sequencer(config, store, run.identity, run.summing(), key)
-            store.begin_lease()
-            return sequencer
-        except BaseException:
-            store.close()
-            raise
-
-    def tell(event: str, address: str, text: str) -> None:
-        name = run.config.run.name
-        content = {"event": event, "address": address, "run": name, "text": text}
-        out(json.dumps(content) if json_output else f"run {name!r}, {address}: {event}; {text}")
-        sys.stdout.flush()
-
-    coordinator = standby.Coordinator(run.config, take_over, tell, admission)
-    await standby.serve(coordinator, _interrupted())
-    logging.getLogger("lorand.coordinator").info("stopped; the ledger is whole")
+        serving.run(served, admission)
 
 
 @app.command("status")

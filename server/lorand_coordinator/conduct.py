@@ -28,6 +28,7 @@ from lorand.config import RunConfig
 from lorand_coordinator import rules
 from lorand_coordinator.aggregation import Report, decoded
 from lorand_coordinator.diagnostics import Finding
+from lorand_coordinator.tally import Account
 
 DECAY: Final = 0.95
 EFFECTIVE_ROUNDS: Final = (1 + DECAY) / (1 - DECAY)
@@ -146,13 +147,12 @@ class Watch:
         self._conduct = Conduct()
 
     def take(
-        self, scale_exponent: int, reports: Mapping[int, Report], names: Mapping[int, str]
+        self, scale_exponent: int, reports: Mapping[int, Report], numbers: Mapping[str, int]
     ) -> None:
-        """Take a committed round; `names` are the workers'."""
+        """Take a committed round; `numbers` are the workers', by name."""
         if self.on:
-            auditor = self._config.service.auditor
-            number = next((w for w, name in names.items() if name == auditor), 0)
-            self._conduct = after(self._config, self._conduct, scale_exponent, reports, number)
+            auditor = numbers.get(self._config.service.auditor, 0)
+            self._conduct = after(self._config, self._conduct, scale_exponent, reports, auditor)
 
     @property
     def apart(self) -> frozenset[int]:
@@ -164,9 +164,9 @@ class Watch:
         why = self._conduct.reasons.get(worker, "")
         return f"in quarantine: {why}" if why else ""
 
-    def findings(self, names: Mapping[int, str]) -> list[Finding]:
+    def findings(self, accounts: Mapping[int, Account]) -> list[Finding]:
         """Return who is in quarantine and why, for the operator."""
         return [
-            Finding(f"quarantine {worker}", f"worker {worker} ({names[worker]}) {self.why(worker)}")
-            for worker in sorted(self.apart)
+            Finding(f"quarantine {w}", f"worker {w} ({accounts[w].name}) {self.why(w)}")
+            for w in sorted(self.apart)
         ]

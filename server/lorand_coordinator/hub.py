@@ -11,12 +11,10 @@ from lorand.config import RunConfig
 from lorand.errors import LorandError
 from lorand.transport import BATCH, CHUNK_BYTES
 from lorand.v1 import coordination_pb2 as wire
+from lorand_coordinator.limits import OUTBOX_BYTES
 from lorand_coordinator.sequencer import Message, Outgoing, Sequencer
 
 TICK_S: Final = 0.1
-BATCH_FROM: Final = 32
-"""Connections from which messages that wait together are sent together. With fewer, the few bytes
-around them count for more than the calls."""
 BATCH_MESSAGES: Final = 64
 
 log = logging.getLogger("lorand.coordinator")
@@ -30,13 +28,35 @@ class NameInUse(LorandError):
     """Another live worker has the name."""
 
 
+class Outbox(asyncio.Queue[Message | None]):
+    """What waits for a worker, bounded in messages and in bytes."""
+
+    def __init__(self, messages: int, size: int) -> None:
+        """Take so many messages, and one more while they are not of `size` bytes."""
+        super().__init__(messages)
+        self._limit, self._size = size, 0
+
+    def full(self) -> bool:
+        """Return whether nothing more may be put."""
+        return super().full() or self._size >= self._limit
+
+    def _put(self, item: Message | None) -> None:
+        self._size += 0 if item is None else item.ByteSize()
+        super()._put(item)
+
+    def _get(self) -> Message | None:
+        item = super()._get()
+        self._size -= 0 if item is None else item.ByteSize()
+        return item
+
+
 @dataclass(eq=False)
 class Connection:
     """One worker's open stream. `outbox` is bounded: a reader that falls behind is dropped."""
 
     worker: int
     session: int
-    outbox: asyncio.Queue[Message | None]
+    outbox: Outbox
     last_seen: float
     batches: bool = False
     closing: str = ""
@@ -46,10 +66,13 @@ class Connection:
 
 @dataclass
 class Traffic:
-    """Protobuf bytes exchanged with a worker since this process began."""
+    """Protobuf bytes exchanged with a worker since this process began, and when it was heard of."""
 
     received: int = 0
     sent: int = 0
+    last_seen: float | None = None
+    answer_s: float | None = None
+    """How long its last contribution took, from the round's start."""
 
 
 class Hub:
@@ -59,10 +82,8 @@ class Hub:
         self,
         sequencer: Sequencer,
         clock: Callable[[], float] = time.monotonic,
-        batch_from: int = BATCH_FROM,
     ) -> None:
         """`clock` is monotonic seconds; wall clocks are never compared."""
-        self._batch_from = batch_from
         self.sequencer = sequencer
         self.config: RunConfig = sequencer.config
         self.clock = clock
@@ -70,6 +91,8 @@ class Hub:
         self.traffic: dict[int, Traffic] = {}
         self.grown = asyncio.Event()
         self.draining = False
+        self.stepped = clock()
+        """When the event that is being handled came in."""
         self._last_reason = ""
         self._told: dict[str, int] = {}
 
@@ -96,10 +119,11 @@ class Hub:
                     f"{self.config.service.heartbeat_timeout_s:.0f} s if it is gone"
                 )
             self.drop(old, "the worker connected again")
-        tail = self.sequencer.tail(hello.next_sequence)  # may fail: before anybody is connected
+        tail = self._tail(hello.next_sequence)  # may fail: before anybody is connected
         service = self.config.service
         # Room for the tail beside the bound on what may pile up later.
-        outbox: asyncio.Queue[Message | None] = asyncio.Queue(service.outbox_messages + missing + 2)
+        size = sum(map(len, tail)) + OUTBOX_BYTES
+        outbox = Outbox(service.outbox_messages + missing + 2, size)
         batches = BATCH in hello.features
         connection = Connection(number, hello.session, outbox, self.clock(), batches)
         self.connections[number] = connection
@@ -114,6 +138,19 @@ class Hub:
         self.deliver(self.sequencer.connect(number, self.clock()))
         return connection
 
+    def _tail(self, start: int) -> list[bytes]:
+        tail: list[bytes] = []
+        size = 0
+        for body in self.sequencer.tail(start):
+            size += len(body)
+            if size > OUTBOX_BYTES and tail:
+                raise CatchUpFirst(
+                    f"the entries that are missing have more than {OUTBOX_BYTES >> 20} MiB; "
+                    "read the ledger first"
+                )
+            tail.append(body)
+        return tail
+
     def drop(self, connection: Connection, why: str) -> None:
         """End a connection; safe to call twice."""
         if connection.closing:
@@ -121,8 +158,11 @@ class Hub:
         connection.closing = why
         if self.connections.get(connection.worker) is connection:
             del self.connections[connection.worker]
+            self.count(connection.worker).last_seen = connection.last_seen
             log.info("worker %d left: %s", connection.worker, why)
-            self.deliver(self.sequencer.disconnect(connection.worker, self.clock()))
+            if not self.draining:  # else the round goes on with the next process
+                self.stepped = self.clock()
+                self.deliver(self.sequencer.disconnect(connection.worker, self.stepped))
         if connection.outbox.full():
             # Never a history with a hole: the worker reads what it lacks when it comes back.
             while not connection.outbox.empty():
@@ -136,7 +176,7 @@ class Hub:
             connection = self.connections.get(item.worker)
             if connection is None or connection.closing:
                 continue
-            if item.can_wait and self._batches(connection):
+            if item.can_wait and connection.batches:
                 connection.held.append(item.message)
                 if len(connection.held) < BATCH_MESSAGES:
                     continue
@@ -160,12 +200,12 @@ class Hub:
         self._log_reason()
 
     def together(self, connection: Connection, first: Message) -> Message:
-        """Return a message of a connection's outbox, with those behind it where that saves calls.
+        """Return a message of a connection's outbox, with those behind it.
 
-        A call costs more than a message.
+        A call costs more than a message, and a frame and a TLS record more bytes than a batch.
         """
         waiting = connection.outbox
-        if waiting.empty() or not self._batches(connection):
+        if waiting.empty() or not connection.batches:
             return first
         messages, size = list(first.batch.messages or (first,)), first.ByteSize()
         while not waiting.empty() and len(messages) < BATCH_MESSAGES:
@@ -179,19 +219,20 @@ class Hub:
                 break
         return Message(batch=wire.Batch(messages=messages))
 
-    def _batches(self, connection: Connection) -> bool:
-        return connection.batches and len(self.connections) >= self._batch_from
-
     def take(self, connection: Connection, request: wire.ParticipateRequest) -> None:
         """Handle a message of a connected worker."""
-        connection.last_seen = self.clock()
-        self.count(connection.worker).received += request.ByteSize()
+        connection.last_seen = self.stepped = self.clock()
+        traffic = self.count(connection.worker)
+        traffic.received += request.ByteSize()
         if request.HasField("heartbeat"):
             beat = Message(heartbeat=wire.Heartbeat())
             self.deliver([Outgoing(connection.worker, beat)])
             return
         if request.HasField("skip"):
             log.info("worker %d sits a round out: %s", connection.worker, request.skip.reason)
+        engine = self.sequencer.engine
+        if request.contribution.round_index == engine.round_index:
+            traffic.answer_s = self.stepped - engine.began
         self.deliver(self.sequencer.receive(connection.worker, request, self.clock()))
 
     def count(self, worker: int) -> Traffic:
@@ -203,7 +244,7 @@ class Hub:
         timeout = self.config.service.heartbeat_timeout_s
         while True:
             await asyncio.sleep(TICK_S)
-            now = self.clock()
+            now = self.stepped = self.clock()
             for connection in list(self.connections.values()):
                 if now - connection.last_seen > timeout:
                     self.drop(connection, f"no heartbeat for {timeout:.0f} s")

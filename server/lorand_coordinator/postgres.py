@@ -5,10 +5,12 @@ a server that is stopped, or behind a network that swallows packets, ends nothin
 stops waiting by itself and gives the connection up.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
+from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
 import psycopg
@@ -16,7 +18,7 @@ from psycopg.abc import PQGen
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow
 
-from lorand.errors import LedgerError
+from lorand.errors import ConfigError, LedgerError
 from lorand_coordinator.store import StoreUnavailable
 
 CONNECT_S: Final = 5
@@ -25,6 +27,11 @@ ANSWER_S: Final = 8
 """Longer than a statement may take: a server that lives answers that it ran out of time."""
 RETRY_S: Final = 0.2
 OLDEST_SERVER: Final = 140000
+PASSWORD_FILE: Final = "LORAND_DATABASE_PASSWORD_FILE"
+"""Names a file that holds the password, as containers are given secrets.
+
+libpq's own .pgpass must be its owner's alone to read, which mounted secrets are not.
+"""
 
 _SETTINGS: Final = f"""
 SET search_path = lorand;
@@ -105,10 +112,12 @@ class Session:
         # A replica may lag behind, or show a history that never was: the ledger is the primary's.
         connection = Connection.connect(
             self._url,
+            password=_password(),
             autocommit=True,
             connect_timeout=CONNECT_S,
             target_session_attrs="read-write",
             application_name="lorand",
+            client_encoding="utf8",  # a database without an encoding gives bytes otherwise
             tcp_user_timeout=ANSWER_S * 1000,
         )
         try:
@@ -126,6 +135,20 @@ class Session:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _password() -> str | None:
+    """Return the password of the environment's file; None: libpq finds it. Raises ConfigError."""
+    path = os.environ.get(PASSWORD_FILE)
+    if not path:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"cannot read the database's password ({PASSWORD_FILE}): {error}; write it there "
+            "on one line, for the coordinator's user to read"
+        ) from error
 
 
 def migrate(connection: Connection) -> None:

@@ -12,7 +12,7 @@ Obligations of the caller: carry out effects in order; answer `Commit`, `Abandon
 `Tick` a few times a second.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from statistics import median
@@ -204,6 +204,16 @@ class State:
         """Whom the next round may ask."""
         return self.members - self.late - self.quarantined
 
+    @property
+    def awaited(self) -> int:
+        """Number of participants of whom nothing was heard; counted, since each report asks."""
+        return len(self.participants) - len(self.skipped) - len(self.contributions)
+
+    def awaits(self, worker: int) -> bool:
+        """Return whether nothing was heard of a participant."""
+        answered = worker in self.contributions or worker in self.skipped
+        return worker in self.participants and not answered
+
 
 Outcome = tuple[State, tuple[Effect, ...], str]
 
@@ -222,17 +232,16 @@ def _take(
     match event:
         case Joined(worker):
             state = replace(state, members=state.members | {worker}, late=state.late - {worker})
-            waited_for = state.participants - state.skipped - state.contributions.keys()
-            if state.phase == "reporting" and worker in waited_for:
+            if state.phase == "reporting" and state.awaits(worker):
                 return state, (StartRound(state.round_index, (worker,)),)
         case Left(worker):
             state = replace(state, members=state.members - {worker})
         case Reported(worker):
             return _report(replace(state, late=state.late - {worker}), event, now)
         case Skipped(worker, round_index):
-            waited_for = state.participants - state.contributions.keys()
-            if (state.phase, state.round_index) == ("reporting", round_index):
-                state = replace(state, skipped=state.skipped | (waited_for & {worker}))
+            now_asked = (state.phase, state.round_index) == ("reporting", round_index)
+            if now_asked and state.awaits(worker):
+                state = replace(state, skipped=state.skipped | {worker})
         case Quarantined(workers):
             state = replace(state, quarantined=state.quarantined | workers)
         case Appended():
@@ -263,7 +272,8 @@ def _report(state: State, event: Reported, now: float) -> tuple[State, tuple[Eff
     if why:
         return state, (Reject(worker, round_index, why),)
     state = _after_answers(state, [now - state.began])
-    return replace(state, contributions={**state.contributions, worker: event.payload}), ()
+    contributions = {**state.contributions, worker: event.payload}
+    return replace(state, contributions=contributions, skipped=state.skipped - {worker}), ()
 
 
 def _after_answers(state: State, took: list[float]) -> State:
@@ -309,7 +319,9 @@ def _advance(settings: Settings, state: State, now: float) -> tuple[State, tuple
         if state.committed >= settings.rounds:
             return _append(state, Finish(state.committed))
         if _missing(settings, state) <= 0 and now >= state.rest_until:
-            chosen = _chosen(settings, state.round_index, state.ready)
+            chosen = sample(
+                settings.sampling_key, settings.participants, state.round_index, state.ready
+            )
             state = replace(
                 state,
                 phase="reporting",
@@ -323,18 +335,18 @@ def _advance(settings: Settings, state: State, now: float) -> tuple[State, tuple
     return state, ()
 
 
-def _chosen(settings: Settings, round_index: int, present: frozenset[int]) -> list[int]:
-    """Return the participants: those of the smallest digests, so that anyone can draw them again.
+def sample(key: bytes, count: int, round_index: int, present: Iterable[int]) -> list[int]:
+    """Return a round's participants: those of the smallest digests, so that anyone can draw them.
 
-    Rendezvous hashing (Thaler and Ravishankar, 1998): a sample without replacement that stays
-    what it was, but for one, when one worker comes or goes.
+    All with a count of 0. Rendezvous hashing (Thaler and Ravishankar, 1998): a sample without
+    replacement that stays what it was, but for one, when one worker comes or goes.
     """
 
     def lot(worker: int) -> bytes:
         place = round_index.to_bytes(4, "little") + worker.to_bytes(4, "little")
-        return sha256(b"lorand/sample/v1" + settings.sampling_key + place).digest()
+        return sha256(b"lorand/sample/v1" + key + place).digest()
 
-    return sorted(present, key=lot)[: settings.participants or None]
+    return sorted(present, key=lot)[: count or None]
 
 
 def _patience(settings: Settings, state: State) -> float:
@@ -355,15 +367,14 @@ def _patience(settings: Settings, state: State) -> float:
 def _judge(settings: Settings, state: State, now: float) -> tuple[State, tuple[Effect, ...]]:
     """Commit when everyone answered or the deadline passed with a quorum; else wait or abandon."""
     reported = len(state.contributions)
-    awaited = state.participants - state.skipped - state.contributions.keys()
     late = now >= state.deadline
     if late:
-        state = _after_deadline(settings, state, len(awaited & state.members))
+        state = _after_deadline(settings, state)
     if settings.all_or_nothing:
         return _judge_whole(state, late)
-    if reported >= settings.quorum and (late or not awaited):
+    if reported >= settings.quorum and (late or not state.awaited):
         return _append(state, Commit(state.round_index, state.contributions))
-    if late or reported + len(awaited) < settings.quorum:
+    if late or reported + state.awaited < settings.quorum:
         why = (
             f"{reported} of {len(state.participants)} participants reported, "
             f"the quorum is {settings.quorum}"
@@ -374,17 +385,18 @@ def _judge(settings: Settings, state: State, now: float) -> tuple[State, tuple[E
     return state, ()
 
 
-def _after_deadline(settings: Settings, state: State, unanswered: int) -> State:
+def _after_deadline(settings: Settings, state: State) -> State:
     if len(state.contributions) < settings.quorum:
         return replace(state, answers=())
+    unanswered = sum(state.awaits(worker) for worker in state.members)
     return _after_answers(state, [state.deadline - state.began] * unanswered)
 
 
 def _judge_whole(state: State, late: bool) -> tuple[State, tuple[Effect, ...]]:
     """Commit when everyone answered; give up when somebody will not, or did not in time."""
-    missing = state.participants - state.contributions.keys()
-    if not missing:
+    if len(state.contributions) == len(state.participants):
         return _append(state, Commit(state.round_index, state.contributions))
+    missing = state.participants - state.contributions.keys()
     gone = missing & state.skipped | missing - state.members
     if late or gone:
         who = ", ".join(map(str, sorted(gone or missing)))
@@ -427,8 +439,7 @@ def reason(settings: Settings, state: State, now: float) -> str:
         apart = len(state.members & state.quarantined)
         beside = f", beside {apart} in quarantine" if apart else ""
         return f"waiting for {missing} more worker{'s' * (missing != 1)} to join{beside}"
-    awaited = state.participants - state.skipped - state.contributions.keys()
     return (
-        f"waiting for {len(awaited)} of {len(state.participants)} participants, "
+        f"waiting for {state.awaited} of {len(state.participants)} participants, "
         f"deadline in {max(0.0, state.deadline - now):.0f} s"
     )

@@ -6,7 +6,7 @@ in a returned message.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -38,7 +38,7 @@ from lorand_coordinator.folding import Carried
 from lorand_coordinator.snapshot import pack_state, resumed
 from lorand_coordinator.store import Checkpoint, Store, StoreUnavailable
 from lorand_coordinator.summing import Summing, UnsoundSum
-from lorand_coordinator.tally import Tally
+from lorand_coordinator.tally import Observer, Outcome, Tally, mean_loss
 
 MAX_REASON: Final = 300
 
@@ -75,7 +75,9 @@ class Sequencer:
         self.config = config
         self.store = store
         self.key = key
-        self.tally = Tally()
+        self.tally = Tally(config)
+        self.observers: list[Observer] = []
+        self.on_abandon: list[Callable[[str], None]] = []
         self.recent = diagnostics.Recent(config)
         self.reason = ""
         self._carried = folding.start(config)
@@ -131,7 +133,7 @@ class Sequencer:
                 last.append(entry)
                 if self._watch.on:
                     exponent = entry.commit.scale_exponent
-                    self._watch.take(exponent, self._reports(entry), self._names)
+                    self._watch.take(exponent, self._reports(entry), self.tally.numbers)
             if entry.sequence < committed_before:
                 continue
             if entry.HasField("commit"):
@@ -203,10 +205,6 @@ class Sequencer:
         return self._carried.comparison
 
     @property
-    def _names(self) -> dict[int, str]:
-        return {worker: account.name for worker, account in self.tally.accounts.items()}
-
-    @property
     def _optimizer(self) -> optimizer.State:
         return self._carried.optimizer
 
@@ -222,11 +220,11 @@ class Sequencer:
 
     def findings(self) -> list[diagnostics.Finding]:
         """Return what the run's scalars tell, warnings first."""
-        return self._watch.findings(self._names) + payoff.told(self.recent, self.comparison)
+        return self._watch.findings(self.tally.accounts) + payoff.told(self.recent, self.comparison)
 
-    def tail(self, start: int) -> list[bytes]:
-        """Return the entries from a sequence on."""
-        return list(self.store.entries(start))
+    def tail(self, start: int) -> Iterator[bytes]:
+        """Yield the entries from a sequence on."""
+        return self.store.entries(start)
 
     # -- joining ---------------------------------------------------------------------------------
 
@@ -242,10 +240,10 @@ class Sequencer:
         assert self._position is not None
         handshake.check_identity(hello, self._position)
         handshake.check_history(hello, self.store)
-        for number, account in self.tally.accounts.items():
-            if account.name == hello.name:
-                self._greet(number, hello)
-                return number, []
+        known = self.tally.numbers.get(hello.name)
+        if known is not None:
+            self._greet(known, hello)
+            return known, []
         if len(self.tally.accounts) >= self.config.service.max_workers:
             raise HandshakeError(
                 f"the run has its {self.config.service.max_workers} workers already "
@@ -296,12 +294,13 @@ class Sequencer:
             why = message.skip.reason[:MAX_REASON]
             return self._step(rounds.Skipped(worker, message.skip.round_index, why), now)
         if kind != "contribution":
-            return [self._reject(worker, 0, f"a worker does not send {kind or 'nothing'} here")]
+            why = f"a worker does not send {kind or 'nothing'} here"
+            return [self._reject(worker, 0, why, "unexpected")]
         contribution = message.contribution
         try:
             payload = self._checked(worker, contribution).SerializeToString(deterministic=True)
         except ContributionError as error:
-            return [self._reject(worker, contribution.round_index, str(error))]
+            return [self._reject(worker, contribution.round_index, str(error), "malformed")]
         return self._step(rounds.Reported(worker, contribution.round_index, payload), now)
 
     def _checked(self, worker: int, contribution: pb.Contribution) -> pb.Contribution:
@@ -350,7 +349,7 @@ class Sequencer:
             case rounds.StartRound(round_index, workers):
                 return self._start_round(round_index, workers), []
             case rounds.Reject(worker, round_index, why):
-                return [self._reject(worker, round_index, why)], []
+                return [self._reject(worker, round_index, why, "untimely")], []
         try:
             outgoing = self._append_outcome(effect)
             apart = self._watch.apart - self.engine.quarantined
@@ -382,10 +381,11 @@ class Sequencer:
             case rounds.Commit(round_index, contributions):
                 return self._commit(round_index, dict(contributions))
             case rounds.Abandon(round_index, why):
-                entry = pb.Entry(
-                    round_index=round_index, abandon=pb.Abandon(reason=why[:MAX_REASON])
-                )
-                return self._append(entry)
+                abandon = pb.Abandon(reason=why[:MAX_REASON])
+                outgoing = self._append(pb.Entry(round_index=round_index, abandon=abandon))
+                for observe in self.on_abandon:
+                    observe(why)
+                return outgoing
             case rounds.Finish(committed):
                 return self._append(pb.Entry(finish=pb.Finish(committed=committed)))
 
@@ -411,13 +411,27 @@ class Sequencer:
         outgoing = self._append(pb.Entry(round_index=round_index, commit=commit), bodies)
         self._carried = folded.after
         self._note_scalars(commit.scale_exponent, folded.reports)
-        self._watch.take(commit.scale_exponent, folded.reports, self._names)
+        self._watch.take(commit.scale_exponent, folded.reports, self.tally.numbers)
         for worker in commit.workers:
             self.tally.accounts[worker].contributions += 1
-        losses = [c.contribution.loss for c in stored if c.contribution.HasField("loss")]
-        self.tally.loss = float(np.mean(losses)) if losses else None
+        self.tally.loss = mean_loss(stored)
         self._maybe_checkpoint()
+        self._tell(round_index, len(commit.workers))
         return outgoing
+
+    def _tell(self, round_index: int, workers: int) -> None:
+        assert self._position is not None
+        ratio = self.recent.rounds[-1].signal_to_noise
+        outcome = Outcome(
+            round_index,
+            self._position.committed,
+            self.tally.code_bytes,
+            workers,
+            self.tally.loss,
+            ratio[0] if ratio else None,
+        )
+        for observe in self.observers:
+            observe(outcome)
 
     def _to_store(
         self, round_index: int, contributions: dict[int, bytes]
@@ -454,8 +468,9 @@ class Sequencer:
         message = Message(entry=body)
         return [Outgoing(worker, message, can_wait) for worker in sorted(self.engine.members)]
 
-    def _reject(self, worker: int, round_index: int, why: str) -> Outgoing:
+    def _reject(self, worker: int, round_index: int, why: str, kind: str) -> Outgoing:
         self.tally.accounts[worker].rejected += 1
+        self.tally.rejected[kind] += 1
         rejection = wire.Rejection(round_index=round_index, reason=why[:MAX_REASON])
         return Outgoing(worker, Message(rejection=rejection))
 

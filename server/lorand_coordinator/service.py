@@ -1,7 +1,6 @@
 """gRPC in front of the sequencer: one event loop, one bidirectional stream a worker."""
 
 import asyncio
-import hashlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -9,10 +8,9 @@ from typing import Any, Final, TypeVar
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from lorand import transport
-from lorand.config import PROTOCOL_VERSION
-from lorand.errors import ConfigError, HandshakeError, LorandError
-from lorand.ledger import coefficients_digest
+from lorand import ledger, transport, wire_size
+from lorand.config import PROTOCOL_VERSION, RunConfig
+from lorand.errors import Behind, ConfigError, HandshakeError, LorandError
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import coordination_pb2_grpc as coordination
 from lorand.v1 import enrolment_pb2_grpc as enrolment_service
@@ -21,9 +19,12 @@ from lorand.v1 import ledger_pb2_grpc as ledger_service
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
 from lorand_coordinator import signing
+from lorand_coordinator.gate import Bounds, Gate
 from lorand_coordinator.hub import CatchUpFirst, Connection, Hub, NameInUse, log
 from lorand_coordinator.identity import access, enrolment
+from lorand_coordinator.identity.access import Access
 from lorand_coordinator.identity.admission import Admission
+from lorand_coordinator.limits import Flow, TooMany
 from lorand_coordinator.sequencer import Message
 from lorand_coordinator.store import StoreUnavailable
 
@@ -94,11 +95,17 @@ class Coordination(coordination.CoordinationServiceServicer):
     async def _read(
         self, connection: Connection, requests: AsyncIterator[wire.ParticipateRequest]
     ) -> None:
+        flow = Flow(self._hub.config.service.messages_per_s, self._hub.clock())
         try:
             async for request in requests:
                 if connection.closing:
                     return
+                while wait := flow.take(self._hub.clock()):
+                    await asyncio.sleep(wait)  # unread, so that its sender has to wait, too
                 self._hub.take(connection, request)
+        except TooMany as error:
+            log.warning("worker %d is sent away: %s", connection.worker, error)
+            self._hub.drop(connection, str(error))
         except Exception:  # a fault of ours: it must be seen, and end only this connection
             log.exception("worker %d: its message could not be handled", connection.worker)
         finally:
@@ -163,19 +170,29 @@ class Ledger(ledger_service.LedgerServiceServicer):
         self, request: pb.GetCheckpointRequest, context: Context
     ) -> AsyncIterator[pb.GetCheckpointResponse]:
         """See ledger.proto."""
-        checkpoint = await _read(context, self._hub.sequencer.store.newest_checkpoint)
-        if checkpoint is None:
+        sequencer = self._hub.sequencer
+        position = sequencer.position
+        if position is None or sequencer.config.needs_history or not request.present:
             yield pb.GetCheckpointResponse()
             return
-        data = checkpoint.coefficients
+        coefficients, entries = position.coefficients, position.next_sequence
+        lacking = entries - request.next_sequence
+        entry_bytes = wire_size.of_round(sequencer.config, participants=1).down.message
+        width = ledger.width_of(coefficients)
+        if lacking * entry_bytes < width * len(coefficients):
+            yield pb.GetCheckpointResponse()
+            return
         header = pb.CheckpointHeader(
-            sequence=checkpoint.sequence,
-            head=checkpoint.head,
-            committed=checkpoint.committed,
-            coefficients_digest=hashlib.sha256(data).digest(),
-            tree=self._hub.sequencer.store.tree.frontier(checkpoint.sequence + 1).peaks,
+            sequence=entries - 1,
+            head=position.head,
+            committed=position.committed,
+            coefficients_digest=ledger.coefficients_digest(coefficients),
+            tree=sequencer.store.tree.frontier(entries).peaks,
+            width=width,
+            finished=position.finished,
         )
         yield pb.GetCheckpointResponse(header=header)
+        data = ledger.pack_coefficients(coefficients, width)
         for start in range(0, len(data), transport.CHUNK_BYTES):
             yield pb.GetCheckpointResponse(chunk=data[start : start + transport.CHUNK_BYTES])
 
@@ -184,6 +201,8 @@ class Ledger(ledger_service.LedgerServiceServicer):
         sequencer = self._hub.sequencer
         try:
             return signing.head_for(request, sequencer.store, sequencer.position, sequencer.key)
+        except Behind as error:
+            await context.abort(grpc.StatusCode.OUT_OF_RANGE, str(error))
         except HandshakeError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
@@ -238,7 +257,7 @@ class Status(status_service.StatusServiceServicer):
             findings=[finding.text for finding in sequencer.findings()],
         )
         if position is not None:
-            answer.coefficients_digest = coefficients_digest(position.coefficients)
+            answer.coefficients_digest = ledger.coefficients_digest(position.coefficients)
         for number, account in tally.accounts.items():
             traffic = self._hub.count(number)
             answer.workers.add(
@@ -276,17 +295,14 @@ async def serve(
     cannot be bound.
     """
     admits = None if admission is None else admission.access()
-    server = grpc.aio.server(
-        interceptors=[] if admits is None else [admits],
-        options=transport.server_options(hub.config),
-    )
+    server = gated(hub.config, admits)
     coordination.add_CoordinationServiceServicer_to_server(Coordination(hub), server)
     ledger_service.add_LedgerServiceServicer_to_server(Ledger(hub), server)
     status_service.add_StatusServiceServicer_to_server(Status(hub), server)
     healthy = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
     address = hub.config.service.address
-    servers, watches, enrolled_at = [server], [hub.tick()], ""
+    servers, watches, enrolled_at = [server], [hub.tick], ""
     if admission is None or admits is None:
         port = bind(server, address)
     else:
@@ -295,11 +311,11 @@ async def serve(
         servers.append(enrolment.server(admission.service()))
         enrolment_port = bind(servers[1], enrol_at, admission.server_credentials(ask=False))
         enrolled_at = admission.note_served(port, enrolment_port)
-        watches.append(admits.watch())
+        watches.append(admits.watch)
     for each in servers:
         await each.start()
     await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
-    tasks = [asyncio.create_task(watch) for watch in watches]
+    tasks = [asyncio.create_task(watch()) for watch in watches]
     on_ready(transport.join(transport.split(address)[0], port), enrolled_at)
     try:
         await _first_of(tasks, until.wait())
@@ -311,6 +327,13 @@ async def serve(
         for connection in list(hub.connections.values()):
             hub.drop(connection, "the coordinator is shutting down")
         await asyncio.gather(*(each.stop(hub.config.service.drain_s) for each in servers))
+
+
+def gated(config: RunConfig, admits: Access | None) -> grpc.aio.Server:
+    """Return a server of a run; calls are bounded first, then checked."""
+    gate = Gate(Bounds.of_run(config))
+    interceptors = [gate] if admits is None else [gate, admits]
+    return grpc.aio.server(interceptors=interceptors, options=transport.server_options(config))
 
 
 def bind(

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from lorand import durable, heads
-from lorand.errors import ConfigError, HandshakeError, LedgerError
+from lorand.errors import Behind, ConfigError, HandshakeError, LedgerError
 from lorand.heads import KEY_BYTES, Head
 from lorand.ledger import Position
 from lorand.privacy.primitives import IdentityKey
@@ -81,13 +81,14 @@ def head_for(
     """Return the signed head of a size, with the proof that it extends a known one.
 
     Signatures are made when asked for (Ed25519 is deterministic), so that also histories from
-    before there was a key are signed. Raises HandshakeError when there is no such history.
+    before there was a key are signed. Raises HandshakeError when there is no such history, Behind
+    when there is none so long.
     """
     if key is None:
         raise HandshakeError("this coordinator does not sign its ledger")
     size = request.size or len(store)
     if position is None or size > len(store):
-        raise HandshakeError(
+        raise Behind(
             f"the coordinator's ledger holds {len(store)} entries, not {size}: it was rolled back; "
             "its owner should restore it"
         )

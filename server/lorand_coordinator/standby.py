@@ -25,8 +25,9 @@ from lorand.v1 import status_pb2_grpc as status_service
 from lorand_coordinator.hub import Hub, log
 from lorand_coordinator.identity.admission import Admission
 from lorand_coordinator.identity_cli import enrolment_address
+from lorand_coordinator.monitoring import Monitor
 from lorand_coordinator.sequencer import Sequencer
-from lorand_coordinator.service import Context, bind
+from lorand_coordinator.service import Context, bind, gated
 from lorand_coordinator.service import serve as serve_hub
 from lorand_coordinator.store import StoreUnavailable
 from lorand_coordinator.store_postgres import LEASE_S, InUse, PostgresStore, TakenOver
@@ -52,6 +53,8 @@ class Coordinator:
     tell: Tell
     admission: Admission | None = None
     """Lets members alone through, from an identity folder that all coordinators share."""
+    monitor: Monitor | None = None
+    """Shows what this coordinator does."""
 
 
 async def serve(coordinator: Coordinator, until: asyncio.Event) -> None:
@@ -72,7 +75,7 @@ async def serve(coordinator: Coordinator, until: asyncio.Event) -> None:
             heard = True
             leader = f"{socket.gethostname()}:{address.rpartition(':')[2]}"
             take_over = partial(coordinator.take_over, config, leader)
-            sequencer = await _turn(take_over, waiting, until)
+            sequencer = await _turn(take_over, waiting, until, coordinator.monitor)
         if sequencer is not None:
             await _lead(sequencer, coordinator, until)
 
@@ -88,10 +91,7 @@ class _Waiting:
     async def served(self) -> AsyncIterator[str]:
         """Serve; yield the address."""
         admits = None if self._admission is None else self._admission.access()
-        server = grpc.aio.server(
-            interceptors=[] if admits is None else [admits],
-            options=transport.server_options(self._config),
-        )
+        server = gated(self._config, admits)
         status_service.add_StatusServiceServicer_to_server(_Status(self, self._config), server)
         healthy = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
@@ -138,7 +138,10 @@ class _Elsewhere(grpc.GenericRpcHandler):
 
 
 async def _turn(
-    take_over: Callable[[], Sequencer], waiting: _Waiting, until: asyncio.Event
+    take_over: Callable[[], Sequencer],
+    waiting: _Waiting,
+    until: asyncio.Event,
+    monitor: Monitor | None = None,
 ) -> Sequencer | None:
     """Return the run, taken over and rebuilt, when it is this coordinator's turn; None to stop."""
     while not until.is_set():
@@ -149,6 +152,8 @@ async def _turn(
             if str(error) != waiting.reason:
                 log.info("standing by: %s", error)
             waiting.reason = str(error)
+        if monitor is not None:
+            monitor.rest(waiting.reason)
         await _pause(until)
     return None
 
@@ -162,9 +167,12 @@ async def _lead(sequencer: Sequencer, coordinator: Coordinator, until: asyncio.E
     key = sequencer.key.public.hex() if sequencer.key else "nobody"
     text = f"epoch {store.epoch}, {done}, {len(store)} entries, signed by {key}"
     watch = asyncio.create_task(_watch(store, until, over))
+    hub = Hub(sequencer)
+    if coordinator.monitor is not None:
+        coordinator.monitor.lead(hub)
     try:
         await serve_hub(
-            Hub(sequencer),
+            hub,
             on_ready=lambda at, _: coordinator.tell("leading", at, text),
             until=over,
             admission=coordinator.admission,
@@ -172,6 +180,8 @@ async def _lead(sequencer: Sequencer, coordinator: Coordinator, until: asyncio.E
         )
     finally:
         over.set()
+        if coordinator.monitor is not None:
+            coordinator.monitor.rest("this coordinator leads no longer")
         await watch
         store.close()
     if not until.is_set():

@@ -373,6 +373,18 @@ class SqliteStore:
             self._lock.close()
 
 
+def in_use(path: Path) -> bool:
+    """Return whether a coordinator has a ledger open at this moment."""
+    try:
+        with path.with_name(path.name + ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # nobody ever had it
+        return False
+    return False
+
+
 def _lock(path: Path) -> IO[bytes]:
     """Hold an exclusive lock as long as this process lives: one sequencer a ledger."""
     try:

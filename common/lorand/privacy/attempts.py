@@ -178,20 +178,6 @@ class Keys:
             self.digest(members),
         )
 
-    def next_attempt(self, after: Attempt, present: Iterable[str]) -> Attempt:
-        """Return the attempt after an aborted one, among those who are there. Raises as above.
-
-        Masks share nothing with those before. Vectors must not either (`OneVector`).
-        """
-        return self.attempt(
-            after.round_index,
-            after.number + 1,
-            present,
-            length=after.length,
-            bound=after.bound,
-            state_digest=after.state_digest,
-        )
-
 
 def _read_key(run_digest: bytes, roster: Roster, announcement: bytes) -> tuple[int, bytes]:
     """Return the member and the key of an announcement. Raises HandshakeError."""

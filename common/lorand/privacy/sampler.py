@@ -11,9 +11,6 @@ seeded would be public with them.
 import secrets
 from collections.abc import Callable
 
-import numpy as np
-from numpy.typing import NDArray
-
 Below = Callable[[int], int]
 """A number from 0 to n − 1, all alike likely: `secrets.randbelow`, another source in tests only."""
 
@@ -62,9 +59,3 @@ def gaussian(sigma: int, below: Below = secrets.randbelow, *, denominator: int =
         away = abs(candidate) * unit - square
         if bernoulli_exp(away * away, 2 * square * unit * around, below):
             return candidate
-
-
-def gaussians(std: float, count: int) -> NDArray[np.int64]:
-    """Return so many discrete Gaussians of exactly this standard deviation: `shared_noise`'s."""
-    sigma, denominator = std.as_integer_ratio()
-    return np.array([gaussian(sigma, denominator=denominator) for _ in range(count)], np.int64)

@@ -13,12 +13,8 @@ order α is at most
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
-
-import numpy as np
-from numpy.typing import NDArray
 
 from lorand.errors import ConfigError
 from lorand.privacy.roster import MAX_MEMBERS
@@ -29,9 +25,6 @@ STEP: Final = 2.0**-16
 """Standard deviations are rounded up to multiples of it: exact samplers want short fractions."""
 TAIL: Final = 16.0
 """Standard deviations for which a bound leaves room; beyond is less than 2·exp(−128) = 5.2e-56."""
-
-Sampler = Callable[[float, int], NDArray[np.int64]]
-"""From standard deviation and number to discrete Gaussians of the operating system's randomness."""
 
 
 def tau(std: float, honest: int) -> float:
@@ -57,27 +50,12 @@ class LocalNoise:
         """τ of the shares of the honest."""
         return tau(self.std, self.honest)
 
-    def renyi(self, order: float, sensitivity: float, length: int) -> float:
-        """Return the bound on the Rényi divergence of one sum of so many numbers, unsampled."""
-        ratio = sensitivity / (math.sqrt(self.honest) * self.std)
-        return min(
-            order * ratio**2 / 2 + self.tau * length,
-            order / 2 * (ratio + math.sqrt(length) * self.tau) ** 2,
-        )
-
     def bound(self, data_bound: int) -> int:
         """Return the bound of a run on |x_i| where clipped data stay within `data_bound`.
 
         Noise beyond it would end the attempt and so tell of itself; `TAIL` keeps it from happening.
         """
         return data_bound + math.ceil(TAIL * self.std)
-
-    def draw(self, sampler: Sampler, length: int) -> NDArray[np.int64]:
-        """Return one share, shape (length,). Raises ValueError for a sampler that cannot be one."""
-        noise = sampler(self.std, length)
-        if noise.shape != (length,) or noise.dtype != np.int64:
-            raise ValueError(f"the sampler gave {noise.dtype} of shape {noise.shape}")
-        return noise
 
 
 def local_noise(

@@ -494,16 +494,25 @@ Global___RoundContributions: _TypeAlias = RoundContributions  # noqa: Y015
 
 @_typing.final
 class GetCheckpointRequest(_message.Message):
-    """Asks for the newest checkpoint."""
+    """Asks for A as it is now."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    NEXT_SEQUENCE_FIELD_NUMBER: _builtins.int
+    PRESENT_FIELD_NUMBER: _builtins.int
+    next_sequence: _builtins.int
+    """Entries that the caller has. Where those it lacks take fewer bytes than A, nothing comes."""
+    present: _builtins.bool
+    """Set by callers that read `width` and `finished`; others are given nothing and read entries."""
     def __init__(
         self,
+        *,
+        next_sequence: _builtins.int = ...,
+        present: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_sequence", b"next_sequence", "present", b"present"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -518,10 +527,10 @@ class GetCheckpointResponse(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """Little-endian 64-bit integers of A, continued."""
+    """Little-endian integers of A, `width` bytes each, continued."""
     @_builtins.property
     def header(self) -> Global___CheckpointHeader:
-        """Set in the first message only. Absent when the run has no checkpoint yet."""
+        """Set in the first message only. Absent where entries are to be read instead."""
 
     def __init__(
         self,
@@ -548,6 +557,8 @@ class CheckpointHeader(_message.Message):
     COMMITTED_FIELD_NUMBER: _builtins.int
     COEFFICIENTS_DIGEST_FIELD_NUMBER: _builtins.int
     TREE_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Last entry that is in it."""
     head: _builtins.bytes
@@ -555,7 +566,11 @@ class CheckpointHeader(_message.Message):
     committed: _builtins.int
     """Committed rounds up to it."""
     coefficients_digest: _builtins.bytes
-    """SHA-256 of the whole of A (32 bytes)."""
+    """SHA-256 of the whole of A, 8 bytes a coefficient (32 bytes)."""
+    width: _builtins.int
+    """Bytes of a coefficient, 1 to 8, in two's complement."""
+    finished: _builtins.bool
+    """Whether the run has ended."""
     @_builtins.property
     def tree(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Roots of the complete subtrees of the Merkle tree over the entries up to it, largest first (32
@@ -570,10 +585,12 @@ class CheckpointHeader(_message.Message):
         committed: _builtins.int = ...,
         coefficients_digest: _builtins.bytes = ...,
         tree: _abc.Iterable[_builtins.bytes] | None = ...,
+        width: _builtins.int = ...,
+        finished: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coefficients_digest", b"coefficients_digest", "committed", b"committed", "head", b"head", "sequence", b"sequence", "tree", b"tree"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coefficients_digest", b"coefficients_digest", "committed", b"committed", "finished", b"finished", "head", b"head", "sequence", b"sequence", "tree", b"tree", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -21,6 +21,7 @@ from lorand_coordinator.identity.members import Members, Peer
 from lorand_coordinator.store import StoreUnavailable
 
 REVOKED_WITHIN_S: Final = 1.0
+EXPIRED_WITHIN_S: Final = 30.0
 """How often open streams are compared with the members' file, which others may have changed."""
 
 ALL: Final = frozenset(Role)
@@ -155,10 +156,22 @@ class Access(grpc.aio.ServerInterceptor):
         return peer
 
     async def watch(self) -> None:
-        """End streams of members whose certificate was revoked or has expired, until cancelled."""
+        """End streams of members whose certificate was revoked or has expired, until cancelled.
+
+        Revoking is another process's write. All are looked up when there was one, and now and
+        then for those that expire: five thousand take a fifth of a second.
+        """
+        looked = self._members.clock()
         while True:
             await asyncio.sleep(REVOKED_WITHIN_S)
-            self.end_streams()
+            try:
+                changed = self._members.changed()
+            except StoreUnavailable as error:
+                log.error("members cannot be checked: %s", error)
+                continue
+            if changed or abs(self._members.clock() - looked) > EXPIRED_WITHIN_S:
+                looked = self._members.clock()
+                self.end_streams()
 
     def end_streams(self) -> None:
         """End the streams of callers that would not be admitted now."""

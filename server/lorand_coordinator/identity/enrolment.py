@@ -6,10 +6,13 @@ import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from lorand import transport
 from lorand.credentials import Role, Subject
 from lorand.errors import HandshakeError
 from lorand.v1 import enrolment_pb2 as pb
 from lorand.v1 import enrolment_pb2_grpc as service
+from lorand_coordinator import limits
+from lorand_coordinator.gate import Bounds, Gate
 from lorand_coordinator.identity.access import caller, log
 from lorand_coordinator.identity.authority import Authority, requested_key
 from lorand_coordinator.identity.members import Members
@@ -94,14 +97,10 @@ class Enrolment(service.EnrolmentServiceServicer):
 
 def server(enrolment: Enrolment) -> grpc.aio.Server:
     """Return a server for callers without a certificate: it issues first ones, and nothing else."""
+    rate, burst = limits.ENROLMENT_CALLS_PER_S, limits.ENROLMENT_BURST
     made = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-            ("grpc.max_metadata_size", MAX_MESSAGE_BYTES),
-            ("grpc.max_concurrent_streams", 8),
-            ("grpc.so_reuseport", 0),
-        ],
-        maximum_concurrent_rpcs=MAX_CALLS,
+        interceptors=[Gate(Bounds(rate, burst, MAX_CALLS, by_address=True))],
+        options=transport.bounds(MAX_MESSAGE_BYTES, MAX_CALLS),
     )
     service.add_EnrolmentServiceServicer_to_server(enrolment, made)
     return made
