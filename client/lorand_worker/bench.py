@@ -1,5 +1,6 @@
 """The bench of a worker: model, replica, estimator and private data, put together."""
 
+import logging
 import os
 import random
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from lorand import layers, ledger
-from lorand.config import RunConfig
+from lorand.config import EstimatorKind, RunConfig
 from lorand.directions import Indices, Pool
 from lorand.errors import ConfigError, LorandError
 from lorand.layerwise import LayerwiseReplica
@@ -24,15 +25,18 @@ from lorand.subspaces.replica import SubspaceReplica
 from lorand.subspaces.state import ReplicatedState
 from lorand.subspaces.state_optimizers import Settings
 from lorand_worker import independence, local_steps, memory, model, quantisation, tasks
-from lorand_worker.data import Examples, Pairs, Sampler
+from lorand_worker.data import Data, Sampler
 from lorand_worker.differenced import Differenced
 from lorand_worker.estimators import Measurement, Order
 from lorand_worker.floor import FloorWatch
+from lorand_worker.local_steps import Work
 from lorand_worker.memory import Weights
 from lorand_worker.model import LoadedModel
 from lorand_worker.noised import Noised
-from lorand_worker.tasks import Forward, Score, Task
+from lorand_worker.tasks import Forward, Part, Score, Task
 from lorand_worker.votes import vote
+
+log = logging.getLogger("lorand")
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,19 @@ def load_base(
     theirs: Identity | None = None,
     prepares: bool = False,
 ) -> Base:
-    """Load the run's model. Raises ModelError or ConfigError.
+    """Load the run's model: `source`, a local copy of it, or by name.
+
+    Raises ModelError or ConfigError.
 
     `theirs` is the run's identity where it is known: measured direction scales and ranks come from
     there; who `prepares` the run measures ranks itself.
     `checkpointing`: backward passes over a copy run each block again instead of keeping its
     activations, as they always do layerwise.
     """
+    if source is not None and not source.is_dir():
+        raise ConfigError(f"--model {source} is not a folder")
     device = parse_device(device_name)
+    log.info("loading %s", source or config.model.name)
     inside = config.subspace.restricts
     whole = config.estimator.kind == "forward" or config.local.space == "weights" or inside
     if whole and weights == Weights.AUTO:
@@ -127,7 +136,8 @@ def bring(replica: Replica, position: Position) -> None:
     for number in range(replica.pool.index, len(position.closed)):
         left = position.closed[number].dense(replica.pool.size)
         replica.fold(left, position.pool(number + 1))
-    replica.set(position.coefficients)
+    if replica.coefficients is not position.coefficients:  # those who share a replica come in turn
+        replica.set(position.coefficients)
 
 
 def _weight_bytes(manifest: Manifest) -> int:
@@ -142,14 +152,25 @@ def parse_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"--device {name}: {first}; use cpu, cuda or auto") from error
+        raise ConfigError(f"--device {name}: {_no_device(name, str(error))}") from error
     return device
 
 
-def task_for(
-    base: Base, config: RunConfig, examples: Examples | Pairs, forward: Forward | None = None
-) -> Task:
+def _no_device(name: str, said: str) -> str:
+    """Why there is no such device, and what to do."""
+    if name in ("balanced", "balanced_low_0", "sequential") or "," in name:
+        return (
+            "a worker computes on one device: use cuda or cuda:0, and --weights layerwise for a "
+            "model that is larger than its memory; or start a worker for each GPU, with "
+            "CUDA_VISIBLE_DEVICES and data of its own"
+        )
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        built = "is built without CUDA" if torch.version.cuda is None else "finds no CUDA device"
+        return f"the torch installed here {built}; use cpu or auto, or install a torch that has it"
+    return f"{said.splitlines()[0]}; use cpu, cuda or auto"
+
+
+def task_for(base: Base, config: RunConfig, examples: Data, forward: Forward | None = None) -> Task:
     """Return the run's task on these examples."""
     trainable = {spec.name for spec in base.identity.manifest.tensors}
     return tasks.build(
@@ -164,19 +185,30 @@ class ModelBench:
         self,
         base: Base,
         config: RunConfig,
-        examples: Examples | Pairs,
+        examples: Data | Part,
         source: random.Random | None = None,
         forward: Forward | None = None,
         mechanism: Mechanism | Rule | None = None,
+        held: Data | None = None,
+        work: Work | None = None,
+        estimator: EstimatorKind | None = None,
     ) -> None:
         """Tokenise the examples and build the run's estimator; `source` fixes the batches.
 
-        `mechanism` is what makes a private run's releases; without it there are none.
+        `mechanism` is what makes a private run's releases; without it there are none. `held` are
+        examples that are measured with, and never trained on. Benches on one base have parts of one
+        task, and one `work`: a replica hands its gradients to the last. `estimator` is how this
+        worker measures in a mixed run.
         """
         self.replica = base.replica
-        self._task = task_for(base, config, examples, forward)
+        self._task: Task | Part = (
+            examples if isinstance(examples, Part) else task_for(base, config, examples, forward)
+        )
+        # As `evaluate` measures it: in float32.
+        exact = None if forward is None else Forward(limits=forward.limits)
+        self._held = None if held is None else task_for(base, config, held, exact)
         self._subspace = config.subspace.kind
-        self._work = local_steps.build(config, base.replica, base.loaded.module)
+        self._work = work or local_steps.build(config, base.replica, base.loaded.module, estimator)
         self._noised: Noised | Differenced | None = None
         if mechanism is not None:
             independence.check(base.loaded.module, self._task)
@@ -191,7 +223,7 @@ class ModelBench:
         self._private = config.privacy.noised
         self._sampler = Sampler(len(examples), config.estimator.batch_size, source)
         batch = min(len(examples), config.estimator.batch_size)
-        self._watch = FloorWatch(config, (forward or Forward()).precision, batch)
+        self._watch = FloorWatch(config, (forward or Forward()).precision, batch, estimator)
 
     @property
     def examples(self) -> int:
@@ -230,3 +262,7 @@ class ModelBench:
     def score(self) -> Score:
         """Return accuracy and loss on all local examples."""
         return self._task.score()
+
+    def validate(self) -> Score | None:
+        """Return accuracy and loss on the examples held out, at the weights as they are."""
+        return None if self._held is None else self._held.score()

@@ -24,7 +24,9 @@ from lorand.privacy.accountant import Release
 from lorand.privacy.diff2 import Rule
 from lorand.privacy.mechanism import Mechanism
 from lorand.v1 import ledger_pb2 as pb
+from lorand_worker import sources
 from lorand_worker.feedback import Place
+from lorand_worker.sources import Source
 
 FORMAT: Final = "lorand/budget/v1"
 SUFFIX: Final = "budget.json"
@@ -132,7 +134,7 @@ class Budget:
         self,
         place: Place,
         config: RunConfig,
-        data: Path,
+        data: Source,
         planned: Callable[[RunConfig], Release] = plan.planned,
     ) -> None:
         """Open the account, or begin it. Raises LorandError when it is not to be relied upon."""
@@ -148,14 +150,14 @@ class Budget:
         self,
         place: Place,
         config: RunConfig,
-        data: Path,
+        data: Source,
         planned: Callable[[RunConfig], Release],
     ) -> Account:
         begun = Account(
             run_digest=place.run_digest.hex(),
             run=config.run.name,
             worker=place.name,
-            data=str(data.resolve()),
+            data=sources.key(data),
             release=plan.release_of(config, 1.0),
             target_epsilon=config.privacy.target_epsilon,
             delta=config.privacy.delta,
@@ -288,9 +290,9 @@ def accounts(folder: Path) -> list[Account]:
     return sorted(found, key=lambda account: (account.run, account.worker, account.run_digest))
 
 
-def of_same_data(folder: Path, data: Path) -> list[Account]:
+def of_same_data(folder: Path, data: Source) -> list[Account]:
     """Return the accounts of one data file, whatever the run: their epsilons and deltas add."""
-    return [account for account in accounts(folder) if account.data == str(data.resolve())]
+    return [account for account in accounts(folder) if account.data == sources.key(data)]
 
 
 def _written(account: Account) -> bytes:

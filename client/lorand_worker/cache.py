@@ -38,6 +38,11 @@ class Limits:
     disk_bytes: int | None = None
     folder: Path | None = None
 
+    @staticmethod
+    def among(count: int) -> "Limits":
+        """Return those of one of so many workers that may share a machine: no file."""
+        return Limits(_default_memory() // count, 0)
+
 
 @dataclass(frozen=True)
 class _Place:

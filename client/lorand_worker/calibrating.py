@@ -12,9 +12,10 @@ from rich.table import Table
 from lorand import runfile
 from lorand.config import RunConfig
 from lorand.errors import ConfigError
-from lorand_worker import calibration, data, estimators, guard, precision, suggestions
+from lorand_worker import calibration, estimators, guard, precision, suggestions
 from lorand_worker.bench import Base, task_for
 from lorand_worker.calibration import Readings
+from lorand_worker.data import Data
 from lorand_worker.floor import passes_dtype
 from lorand_worker.precision import Precision
 from lorand_worker.resolution import check_perturbation
@@ -117,16 +118,16 @@ class Found:
 def measure(
     config: RunConfig,
     base: Base,
-    path: Path,
+    examples: Data,
     asked: Precision,
     *,
     num_directions: int,
     num_batches: int,
+    source: str,
     report: Reporter,
 ) -> Found:
     """Measure on local data as a worker would. Raises DataError, ConfigError or NonFiniteLoss."""
-    examples = data.load(path, config.task)
-    guard.check_examples(config, len(examples), str(path))
+    guard.check_examples(config, len(examples), source)
     check_perturbation(config, base.replica)
     batches = calibration.split(len(examples), config.estimator.batch_size, num_batches)
     chosen, why = precision.choose(asked, config, base.device)

@@ -2,28 +2,33 @@
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 # A worker's data and model may be offline; no library may phone home unasked.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 from rich.console import Console
 
-from lorand import heads
+from lorand import heads, tracking
 from lorand.config import RunConfig, load
-from lorand.durable import state_folder
-from lorand.errors import ConfigError, LorandError
-from lorand.manifest import Identity
+from lorand.errors import LorandError
+from lorand.logs import LogFormat, LogFormatFlag
+from lorand.otel import OTel
+from lorand.tracking import ReportTo, TrackingFolder
 from lorand_worker import connecting, guard, privacy_cli
+from lorand_worker.doctor.command import doctor
 from lorand_worker.flags import (
+    AdapterSource,
     Address,
     CacheDir,
     CacheDisk,
     CacheMemory,
+    Checkpointing,
+    Columns,
     CoordinatorKey,
     CredentialsFile,
     Data,
@@ -39,14 +44,18 @@ from lorand_worker.flags import (
     PublicData,
     RequirePrivacy,
     RosterFile,
+    Source,
     State,
     Threads,
     TrustCoordinator,
+    Validation,
     with_optional_value,
 )
 from lorand_worker.memory import Weights
+from lorand_worker.own_estimator import OwnEstimator
 from lorand_worker.precision import Precision
 from lorand_worker.reporting import ConsoleReporter, say
+from lorand_worker.sources import parse
 
 EXIT_CODES = """Exit codes: 0 done; 2 wrong run file or flag; 3 data; 4 model; 5 refused by the
 coordinator or by this worker's policy; 6 ledger damaged; 7 coordinator not reached; 9 privacy
@@ -59,6 +68,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(connecting.enrol)
+app.command()(doctor)
 app.command()(privacy_cli.privacy)
 app.add_typer(privacy_cli.sums, name="sum")
 
@@ -67,24 +77,36 @@ app.add_typer(privacy_cli.sums, name="sum")
 def prepare(
     run: Annotated[Path, typer.Argument(help="The run file.")],
     calibrate: Annotated[
-        Path | None,
+        Any,  # a Source: typer takes no unions
         typer.Option(
+            parser=parse,
             metavar="DATA",
             help="Measure the direction scales on these examples; a few integers tell of them.",
         ),
     ] = None,
+    columns: Columns = "",
+    pin: Annotated[
+        bool,
+        typer.Option("--pin", help="Put the model's commit into the run file, as its revision."),
+    ] = False,
     model: Model = None,
     json_output: Json = False,
 ) -> None:
     """Load the run's model and write run.lock: its digests and trainable tensors."""
+    from lorand_worker import data as data_files
     from lorand_worker import preparing
+    from lorand_worker.bench import load_base
 
     config = load(run)
     preparing.check(run, config, calibrate)
     report = _reporter(json_output)
+    examples = None
+    if calibrate is not None:
+        examples = data_files.load(calibrate, data_files.mapped(config.task, columns))
     identity = preparing.prepare(
-        config, calibrate, lambda of: _load_base(of, model, "cpu", report, prepares=True), report
+        config, examples, lambda of: load_base(of, model, "cpu", prepares=True), report
     )
+    preparing.pin(run, config, model, report, pin)
     lock = preparing.write(run, identity)
     manifest = identity.manifest
     result = {
@@ -105,6 +127,7 @@ def prepare(
 def calibrate(
     run: Annotated[Path, typer.Argument(help="The run file.")],
     data: Data,
+    columns: Columns = "",
     directions: Annotated[int, typer.Option(min=4, max=1024, help="Directions measured.")] = 16,
     batches: Annotated[int, typer.Option(min=2, max=1024, help="Batches measured, at most.")] = 8,
     write: Annotated[
@@ -120,6 +143,8 @@ def calibrate(
 ) -> None:
     """Before round 1: suggest perturbation scale, batch size and learning rate from local data."""
     from lorand_worker import calibrating, preparing
+    from lorand_worker import data as data_files
+    from lorand_worker.bench import load_base
 
     _set_threads(threads)
     config = load(run)
@@ -129,11 +154,18 @@ def calibrate(
     if config.privacy.noised:
         report.note("suggestions follow from these examples without noise: give public ones")
     theirs = preparing.written(run, config)
-    base = _load_base(config, model, device, report, theirs=theirs)
+    base = load_base(config, model, device, theirs=theirs)
     if theirs is not None:
         guard.check_identity(base.identity, theirs)
     found = calibrating.measure(
-        config, base, data, precision, num_directions=directions, num_batches=batches, report=report
+        config,
+        base,
+        data_files.load(data, data_files.mapped(config.task, columns)),
+        precision,
+        num_directions=directions,
+        num_batches=batches,
+        source=str(data),
+        report=report,
     )
     if write:
         calibrating.write(run, found.suggestion)
@@ -144,6 +176,8 @@ def calibrate(
 def join(
     address: Address,
     data: Data,
+    columns: Columns = "",
+    validation: Validation = 0.0,
     name: Annotated[str, typer.Option(help="Unique in the run; default: host and file.")] = "",
     seed_pool: Annotated[
         str,
@@ -155,20 +189,20 @@ def join(
     model: Model = None,
     device: Device = "auto",
     weights: KeptWeights = Weights.AUTO,
-    checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--checkpointing",
-            help="First-order runs with --weights copy: run layers again in the backward pass "
-            "instead of keeping their activations.",
-        ),
-    ] = False,
+    checkpointing: Checkpointing = False,
     precision: Annotated[
         Precision,
         typer.Option(
             help="Of forward passes. auto: bfloat16 where it is faster here and harms no scalar."
         ),
     ] = Precision.AUTO,
+    estimator: Annotated[
+        OwnEstimator,
+        typer.Option(
+            help="How scalars are measured here, where the run leaves it to its workers "
+            "(estimator.mixed): spsa by forward passes, backprop by one backward pass."
+        ),
+    ] = OwnEstimator.RUN,
     cache_memory_gb: CacheMemory = None,
     cache_disk_gb: CacheDisk = None,
     cache_dir: CacheDir = None,
@@ -185,108 +219,70 @@ def join(
     state: State = None,
     coordinator_key: CoordinatorKey = "",
     output: Annotated[Path | None, typer.Option(help="Write the adapter here at the end.")] = None,
+    report_to: ReportTo = "",
+    tracking_dir: TrackingFolder = None,
+    otel: OTel = "",
+    log_format: LogFormatFlag = LogFormat.TEXT,
     json_output: Json = False,
 ) -> None:
     """Join a run with private data and stay until it is finished.
 
     The texts never leave this machine. Interrupted or killed, the same command goes on.
     """
-    from lorand import adapter
-    from lorand_worker import data as data_files
-    from lorand_worker.bench import ModelBench
-    from lorand_worker.precision import choose
-    from lorand_worker.resolution import check_perturbation
-    from lorand_worker.session import Session, fetch_run
-    from lorand_worker.spending import open_budget
-    from lorand_worker.tasks import Forward
+    from lorand_worker.joining import Joining
+    from lorand_worker.joining import join as join_run
+    from lorand_worker.membership import Pinned
+    from lorand_worker.traced import Figures
 
     known_key = heads.public_key(coordinator_key) if coordinator_key else None
     _set_threads(threads)
-    report = _reporter(json_output)
-    link = connecting.connect(address, give_up_s, credentials_file, insecure, state)
-    policy = guard.Policy(
-        guard.parse_seed_pool(seed_pool),
-        require_privacy=require_privacy,
-        max_epsilon=max_epsilon,
-        trust_coordinator=trust_coordinator,
+    asked = Joining(
+        address=address,
+        data=data,
+        columns=columns,
+        validation=validation,
+        name=name,
+        policy=guard.Policy(
+            guard.parse_seed_pool(seed_pool),
+            require_privacy=require_privacy,
+            max_epsilon=max_epsilon,
+            trust_coordinator=trust_coordinator,
+        ),
+        model=model,
+        device=device,
+        weights=weights,
+        checkpointing=checkpointing,
+        precision=precision,
+        estimator=estimator,
+        limits=_cache_limits(cache_memory_gb, cache_disk_gb, cache_dir),
+        give_up_s=give_up_s,
+        credentials=credentials_file,
+        insecure=insecure,
+        pinned=Pinned(identity, roster, min_members),
+        state=state,
+        coordinator_key=known_key,
+        output=output,
+        otel=otel,
     )
-    budget = None
-    began = time.monotonic()
-    try:
-        who = connecting.name_of(link.shown, name, data)
-        config, theirs = fetch_run(link, report.note)
-        guard.check(config, policy)
-        examples = data_files.load(data, config.task)
-        guard.check_examples(config, len(examples), str(data))
-        for label in data_files.missing_labels(examples, config.task):
-            report.note(f"no example here is labelled {label!r}; other workers may have some")
-        base = _load_base(config, model, device, report, weights, checkpointing, theirs)
-        if theirs is not None:
-            guard.check_identity(base.identity, theirs)
-        for line in guard.disclosure(config, base.identity.manifest):
-            report.note(line)
-        check_perturbation(config, base.replica)
-        folder = state or state_folder()
-        budget = open_budget(config, base.identity, who, folder, data, policy, report)
-        report.note(base.weights)
-        chosen, why = choose(precision, config, base.device)
-        report.note(why)
-        forward = Forward(chosen, _cache_limits(cache_memory_gb, cache_disk_gb, cache_dir))
-        mechanism = budget.mechanism(config) if budget is not None else None
-        bench = ModelBench(base, config, examples, forward=forward, mechanism=mechanism)
-        if bench.cut:
-            length = config.model.max_length
-            report.note(
-                f"{bench.cut} of {len(examples)} examples are longer than model.max_length = "
-                f"{length} tokens: the ends of their prompts are left out"
-            )
-        member = None
-        if config.privacy.mode == "secure-sum" and budget is not None:
-            from lorand_worker.membership import Pinned, member_of
+    report = _reporter(json_output, log_format, report_to)
 
-            pinned = Pinned(identity, roster, min_members)
-            multiplier = budget.account.release.multiplier
-            member = member_of(pinned, config, base.identity, who, multiplier)
-        session = Session(
-            *(link, config, base.identity, bench, who, report, folder, budget, member),
-            coordinator_key=known_key,
-        )
-        participant = session.run()
-        report.close()
-        if output is not None:
-            adapter.save(adapter.of(participant.position), output)
+    def tracked(config: RunConfig, who: str) -> Figures:
+        report.report_to(report_to, config, who, tracking_dir)
+        return report.figures
+
+    try:
+        joined = join_run(asked, report, tracked=tracked)
     finally:
         report.close()
-        link.close()
-        if budget is not None:
-            budget.close()
-    counts, traffic = participant.counts, link.traffic
-    result = {
-        "worker": participant.worker,
-        "name": who,
-        "rounds": participant.position.committed,
-        "contributions": counts.committed,
-        "skipped": counts.skipped,
-        "rejected": counts.rejected,
-        "seconds": round(time.monotonic() - began, 1),
-        "message_bytes_sent": traffic.sent,
-        "message_bytes_received": traffic.received,
-        "weights_digest": bench.replica.digest().hex(),
-        "head": participant.position.head.hex(),
-    }
-    say(
-        result,
-        f"finished after {result['rounds']} rounds: {counts.committed} contributions of this "
-        f"worker, {traffic.sent:,} bytes of messages sent, {traffic.received:,} received\n"
-        f"weights {result['weights_digest']}",
-        json_output,
-    )
+    say(joined.as_dict(), joined.text(), json_output)
 
 
 @app.command()
 def evaluate(
     address: Address,
     data: Data,
+    columns: Columns = "",
+    validation: Validation = 0.0,
     name: Annotated[str, typer.Option(help="Name in the ledger; default: host and file.")] = "",
     follow: Annotated[bool, typer.Option(help="Stay, measure as rounds commit, and post.")] = False,
     every: Annotated[int, typer.Option(min=1, help="With --follow: every so many rounds.")] = 10,
@@ -301,22 +297,29 @@ def evaluate(
     credentials_file: CredentialsFile = None,
     insecure: Insecure = False,
     public_data: PublicData = False,
+    report_to: ReportTo = "",
+    tracking_dir: TrackingFolder = None,
+    log_format: LogFormatFlag = LogFormat.TEXT,
     json_output: Json = False,
 ) -> None:
     """Measure accuracy on held-out data: once, or along the run, posted to the ledger."""
     from lorand_worker import data as data_files
     from lorand_worker import session
-    from lorand_worker.bench import ModelBench
+    from lorand_worker.bench import ModelBench, load_base
     from lorand_worker.tasks import Forward
 
     _set_threads(threads)
-    report = _reporter(json_output)
+    report = _reporter(json_output, log_format, report_to)
     link = connecting.connect(address, give_up_s, credentials_file, insecure)
     try:
         config, theirs = session.fetch_run(link, report.note)
+        who = connecting.name_of(link.shown, name, data)
+        report.report_to(report_to, config, who, tracking_dir)
         guard.check_evaluation(config, posts=follow, public=public_data)
-        examples = data_files.load(data, config.task)
-        base = _load_base(config, model, device, report, weights, theirs=theirs)
+        examples = data_files.load(data, data_files.mapped(config.task, columns))
+        if validation:
+            _, examples = data_files.hold_out(examples, validation, str(data))
+        base = load_base(config, model, device, weights, theirs=theirs)
         if theirs is not None:
             guard.check_identity(base.identity, theirs)
         forward = Forward(limits=_cache_limits(cache_memory_gb, cache_disk_gb, cache_dir))
@@ -325,10 +328,11 @@ def evaluate(
             config,
             base.identity,
             ModelBench(base, config, examples, forward=forward),
-            name=connecting.name_of(link.shown, name, data),
+            name=who,
             every=every,
             follow=follow,
             report=report,
+            figures=report.figures,
         )
     finally:
         report.close()
@@ -336,13 +340,9 @@ def evaluate(
     if score is not None:
         say(
             {"accuracy": score.accuracy, "loss": score.loss, "examples": score.examples},
-            f"{'token ' * (config.task.kind == 'causal-lm')}accuracy {score.accuracy:.4f}, "
-            f"loss {score.loss:.4f} on {score.examples} examples",
+            score.text(),
             json_output,
         )
-
-
-Source = Annotated[str, typer.Argument(help="An exported ledger file, or HOST:PORT.")]
 
 
 @app.command()
@@ -350,17 +350,26 @@ def export(
     source: Source,
     folder: Annotated[Path, typer.Argument(help="Where to write.")],
     merged: Annotated[bool, typer.Option(help="Also write full weights (safetensors).")] = False,
+    about_data: Annotated[
+        str, typer.Option(help="What the card says of the data, which no ledger tells.")
+    ] = "",
     model: Model = None,
     credentials_file: CredentialsFile = None,
     insecure: Insecure = False,
     json_output: Json = False,
 ) -> None:
-    """Write the kilobyte adapter of a run and, with --merged, the whole fine-tuned model."""
-    from lorand import adapter
+    """Write the kilobyte adapter of a run and, with --merged, the whole fine-tuned model.
+
+    Each has a card, README.md: rounds, bytes, privacy spent, evaluation and ledger head.
+    """
+    from lorand import adapter, card
     from lorand_worker import merge
 
-    position = connecting.position(source, credentials_file, insecure)
+    facts = card.Facts(about_data)
+    position = connecting.position(source, credentials_file, insecure, facts)
+    facts.account(position.config)
     size = adapter.save(adapter.of(position), folder)
+    card.write(adapter.of(position), facts, folder, merged=False)
     result: dict[str, Any] = {
         "folder": str(folder),
         "adapter_bytes": size,
@@ -370,8 +379,8 @@ def export(
         f"wrote {folder / adapter.WEIGHTS_FILE}: {size:,} bytes after {position.committed} rounds"
     )
     if merged:
-        base = _load_at(position, model, "cpu", _reporter(json_output))
-        result["merged"] = str(merge.save(base.loaded, position, folder / "merged"))
+        base = _load_at(position, model, "cpu", json_output)
+        result["merged"] = str(merge.save(base.loaded, position, folder / "merged", facts))
         result["weights_digest"] = base.replica.digest().hex()
         text += f"\nwrote {result['merged']}: the whole model"
     say(result, text, json_output)
@@ -379,10 +388,7 @@ def export(
 
 @app.command()
 def squeeze(
-    source: Annotated[
-        str,
-        typer.Argument(help="Folder of an exported adapter, exported ledger file, or HOST:PORT."),
-    ],
+    source: AdapterSource,
     folder: Annotated[Path, typer.Argument(help="Where to write.")],
     rank: Annotated[int, typer.Option(min=1, help="Rank that is kept of each layer's update.")],
     model: Model = None,
@@ -400,7 +406,7 @@ def squeeze(
     else:
         position = connecting.position(source, credentials_file, insecure)
     squeezing.check(position.config, rank, folder)
-    base = _load_at(position, model, "cpu", _reporter(json_output))
+    base = _load_at(position, model, "cpu", json_output)
     kept = squeezing.save(base.loaded, position, rank, folder)
     result = {"folder": str(folder), "rank": rank, "kept": kept}
     say(result, squeezing.told(kept, rank, folder), json_output)
@@ -417,7 +423,7 @@ def replay(
 ) -> None:
     """Rebuild the weights from a ledger and the base model, and print their digest."""
     position = connecting.position(source, credentials_file, insecure)
-    base = _load_at(position, model, device, _reporter(json_output))
+    base = _load_at(position, model, device, json_output)
     digest = base.replica.digest().hex()
     say(
         {"rounds": position.committed, "head": position.head.hex(), "weights_digest": digest},
@@ -426,43 +432,21 @@ def replay(
     )
 
 
-def _reporter(json_output: bool) -> ConsoleReporter:
-    report = ConsoleReporter(quiet=json_output)
+def _reporter(
+    json_output: bool, log_format: LogFormat = LogFormat.TEXT, report_to: str = ""
+) -> ConsoleReporter:
+    tracking.names_in(report_to)  # an unknown one is told now, not when the run is known
+    report = ConsoleReporter(quiet=json_output, log_format=log_format)
     report.follow_log()
     return report
 
 
-def _load_base(
-    config: RunConfig,
-    model: Path | None,
-    device: str,
-    report: ConsoleReporter,
-    weights: Weights = Weights.COPY,
-    checkpointing: bool = False,
-    theirs: Identity | None = None,
-    prepares: bool = False,
-) -> Any:
-    from lorand_worker.bench import load_base
-
-    if model is not None and not model.is_dir():
-        raise ConfigError(f"--model {model} is not a folder")
-    report.note(f"loading {model or config.model.name}")
-    return load_base(
-        config,
-        model,
-        device,
-        weights,
-        checkpointing=checkpointing,
-        theirs=theirs,
-        prepares=prepares,
-    )
-
-
-def _load_at(position: Any, model: Path | None, device: str, report: ConsoleReporter) -> Any:
+def _load_at(position: Any, model: Path | None, device: str, json_output: bool) -> Any:
     """The run's model with the weights of a position of the run."""
-    from lorand_worker.bench import bring
+    from lorand_worker.bench import bring, load_base
 
-    base = _load_base(position.config, model, device, report, theirs=position.identity)
+    _reporter(json_output)
+    base = load_base(position.config, model, device, theirs=position.identity)
     guard.check_identity(base.identity, position.identity)
     bring(base.replica, position)
     base.replica.settle()

@@ -7,12 +7,15 @@ from typing import Annotated
 import typer
 
 from lorand import credentials, ledger
+from lorand.card import Facts
 from lorand.credentials import Credentials
 from lorand.errors import ConfigError
 from lorand.ledger import Position
+from lorand_worker import sources
 from lorand_worker.flags import CredentialsFile, Json, State
 from lorand_worker.link import Link
 from lorand_worker.reporting import say
+from lorand_worker.sources import Source
 
 POSITION_GIVE_UP_S = 30.0
 
@@ -69,13 +72,13 @@ def connect(
     return Link(address, give_up_s, credentials.find(address, given, insecure, state))
 
 
-def name_of(shown: Credentials | None, chosen: str, data: Path) -> str:
+def name_of(shown: Credentials | None, chosen: str, data: Source) -> str:
     """Return the name to take part with: the certificate's, where there is one.
 
     Raises ConfigError when another one was chosen.
     """
     if shown is None:
-        return chosen or f"{socket.gethostname()}-{data.stem}"[: credentials.MAX_NAME]
+        return chosen or f"{socket.gethostname()}-{sources.stem(data)}"[: credentials.MAX_NAME]
     if chosen not in ("", shown.subject.name):
         raise ConfigError(
             f"{shown.path} is of {shown.subject.name!r}, not of {chosen!r}: leave --name away, or "
@@ -84,13 +87,16 @@ def name_of(shown: Credentials | None, chosen: str, data: Path) -> str:
     return shown.subject.name
 
 
-def position(source: str, given: Path | None, insecure: bool) -> Position:
-    """Return where a ledger ends: a file's, or a running coordinator's."""
+def position(
+    source: str, given: Path | None, insecure: bool, facts: Facts | None = None
+) -> Position:
+    """Return where a ledger ends: a file's, or a running coordinator's; note what it tells."""
+    facts = facts or Facts()
     path = Path(source)
     if path.exists() or ":" not in source:
-        return ledger.replay(ledger.read_file(path))
+        return ledger.replay(facts.reading(ledger.read_file(path)))
     link = connect(source, POSITION_GIVE_UP_S, given, insecure)
     try:
-        return link.persist(lambda: ledger.replay(link.entries(0)), lambda why: None)
+        return link.persist(lambda: ledger.replay(facts.reading(link.entries(0))), lambda why: None)
     finally:
         link.close()

@@ -1,146 +1,241 @@
-"""A worker's private examples: read from one file, kept in memory, sampled in batches."""
+"""A worker's private examples: read from a source, kept in memory, sampled in batches."""
 
-import csv
+import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
-from pathlib import Path
-from typing import Final
+from typing import Any, Final, Self
 
 import numpy as np
 
 from lorand.config import TaskSection
-from lorand.errors import DataError
+from lorand.errors import ConfigError, DataError
+from lorand_worker import sources
+from lorand_worker.sources import Row, Source
 
-MAX_FILE_BYTES: Final = 2 << 30
+Turn = tuple[str, str]
+"""Who says something in a conversation ("system", "user", "assistant"), and what."""
+ASSISTANT: Final = "assistant"
+
+
+class _Columns:
+    """Fields of equal length: one value an example."""
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(next(iter(vars(self).values())))
+
+    def only(self, indices: Sequence[int]) -> Self:
+        """Return some of the examples."""
+        columns = vars(self).items()
+        return type(self)(**{name: tuple(column[i] for i in indices) for name, column in columns})
 
 
 @dataclass(frozen=True)
-class Examples:
+class Examples(_Columns):
     """Texts and the index of each one's label in the run's label list."""
 
     texts: tuple[str, ...]
     labels: tuple[int, ...]
 
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self.texts)
-
 
 @dataclass(frozen=True)
-class Pairs:
+class Pairs(_Columns):
     """Prompts and their answers."""
 
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
 
-    def __len__(self) -> int:
-        """Number of examples."""
-        return len(self.prompts)
+
+@dataclass(frozen=True)
+class Texts(_Columns):
+    """Texts that are learned as a whole."""
+
+    texts: tuple[str, ...]
 
 
-def load(path: Path, task: TaskSection) -> Examples | Pairs:
-    """Read the examples of a task from a CSV, TSV or JSON-lines file: Pairs for causal-lm.
+@dataclass(frozen=True)
+class Chats(_Columns):
+    """Conversations, whose assistant is learned."""
 
-    The first line of a CSV or TSV names the columns. Raises DataError when the file is missing,
-    unreadable, empty, has other columns or empty fields, or holds a label that the run does not
-    know.
+    turns: tuple[tuple[Turn, ...], ...]
+
+
+Data = Examples | Pairs | Texts | Chats
+
+LABEL_SHOWN: Final = 60
+_SETTINGS: Final = {
+    "text": "text_column",
+    "label": "label_column",
+    "prompt": "prompt_column",
+    "answer": "answer_column",
+    "messages": "messages_column",
+}
+"""The setting of [task] that names the column of each part of an example."""
+_OTHER_NAMES: Final[dict[str, tuple[str, ...]]] = {
+    "text": ("review", "sentence", "content", "body", "comment", "tweet", "document", "text"),
+    "label": ("labels", "stars", "rating", "sentiment", "class", "category", "target", "label"),
+    "prompt": ("instruction", "question", "input", "query", "prompt"),
+    "answer": ("completion", "response", "output", "answers", "target", "answer"),
+    "messages": ("conversations", "conversation", "chat", "dialogue", "messages"),
+}
+"""What else columns are called, for a suggestion."""
+
+
+def mapped(task: TaskSection, columns: str) -> TaskSection:
+    """Return the task with columns named as in `text=review,label=stars`. Raises ConfigError."""
+    parts = parts_of(task)
+    changes = {}
+    for each in filter(None, columns.split(",")):
+        part, _, column = each.partition("=")
+        if part.strip() not in parts or not column.strip():
+            wanted = ",".join(f"{part}=COLUMN" for part in parts)
+            raise ConfigError(
+                f"--columns {columns}: this run's examples have {' and '.join(parts)}: write "
+                f"--columns {wanted}, or those of them that are called otherwise"
+            )
+        changes[_SETTINGS[part.strip()]] = column.strip()
+    return task.model_copy(update=changes)
+
+
+def parts_of(task: TaskSection) -> tuple[str, ...]:
+    """Return what an example of the task has."""
+    if task.kind != "causal-lm":
+        return ("text", "label")
+    return {"pairs": ("prompt", "answer"), "text": ("text",), "chat": ("messages",)}[task.format]
+
+
+def load(source: Source, task: TaskSection) -> Data:
+    """Read the examples of a task, each with the parts that `parts_of` names.
+
+    Raises DataError when the source is missing, unreadable, empty, has other columns or empty
+    fields, or holds a label that the run does not know, and ModelError without a library it needs.
     """
-    if task.kind == "causal-lm":
-        columns = _columns(
-            path, "prompt_column", task.prompt_column, "answer_column", task.answer_column
+    parts = parts_of(task)
+    columns = [str(getattr(task, _SETTINGS[part])) for part in parts]
+    table = sources.read(source, columns)
+    found: list[list[Any]] = [[] for _ in parts]
+    for place, row in table.rows:
+        for part, column, values in zip(parts, columns, found, strict=True):
+            where = f"{source}, {place}"
+            if column not in row:
+                raise DataError(f"{where}: {_advice(parts, columns, row)}")
+            if part == "label":
+                names = table.class_names.get(column, ())
+                values.append(_label(where, row[column], names, task))
+            elif part == "messages":
+                values.append(_turns(where, row[column]))
+            else:
+                values.append(_filled(where, part, row[column]))
+    if not found[0]:
+        raise DataError(f"{source} holds no examples; give a file with at least one")
+    kinds: dict[tuple[str, ...], Callable[..., Data]]
+    kinds = {("prompt", "answer"): Pairs, ("text",): Texts, ("messages",): Chats}
+    return kinds.get(parts, Examples)(*map(tuple, found))
+
+
+def _advice(parts: Sequence[str], columns: Sequence[str], row: Row) -> str:
+    """What columns are there, and how to say which are meant."""
+    wanted = dict(zip(parts, columns, strict=True))
+    free = [name for name in row if name not in columns]
+    missing = [part for part, column in wanted.items() if column not in row]
+    named = []
+    for part in missing:
+        likely = [name for name in _OTHER_NAMES[part] if name in free]
+        if len(missing) == len(free) == 1:
+            likely = free
+        named.append(f"{part}={likely[0] if likely else 'COLUMN'}")
+    settings = " and ".join(f"task.{_SETTINGS[part]}" for part in parts)
+    plural = "s" * (len(columns) > 1)
+    return (
+        f"column{plural} {' and '.join(map(repr, columns))} {'are' if plural else 'is'} needed, "
+        f"found {', '.join(map(repr, row))}; say which is meant with --columns "
+        f"{','.join(named)}, or set {settings} in the run file"
+    )
+
+
+def _label(where: str, value: object, names: Sequence[str], task: TaskSection) -> int:
+    """The index of a label: as it is written, or by its name where it is a number of a list."""
+    label = _filled(where, "label", value).strip()
+    if label not in task.labels:
+        label = dict(zip(map(str, range(len(names))), names, strict=True)).get(label, label)
+    if label not in task.labels:
+        known = ", ".join(task.labels[:8]) + (", …" if len(task.labels) > 8 else "")
+        shown = label if len(label) <= LABEL_SHOWN else label[:LABEL_SHOWN] + "…"
+        raise DataError(
+            f"{where}: the label {shown!r} is not one of the run's ({known}); "
+            "correct the file or ask the coordinator's operator to add the label"
         )
-        rows = [
-            (_filled(path, line, "prompt", p), _filled(path, line, "answer", a))
-            for line, p, a in columns
-        ]
-        return Pairs(tuple(p for p, _ in rows), tuple(a for _, a in rows))
-    return _labelled(path, task)
+    return task.labels.index(label)
 
 
-def _labelled(path: Path, task: TaskSection) -> Examples:
-    index = {label: position for position, label in enumerate(task.labels)}
-    texts: list[str] = []
-    labels: list[int] = []
-    columns = _columns(path, "text_column", task.text_column, "label_column", task.label_column)
-    for line, text, label in columns:
-        label = label.strip()
-        if label not in index:
-            known = ", ".join(task.labels[:8]) + (", …" if len(task.labels) > 8 else "")
-            raise DataError(
-                f"{path}, line {line}: the label {label!r} is not one of the run's ({known}); "
-                "correct the file or ask the coordinator's operator to add the label"
-            )
-        texts.append(_filled(path, line, "text", text))
-        labels.append(index[label])
-    return Examples(tuple(texts), tuple(labels))
+def _filled(where: str, part: str, content: object) -> str:
+    if isinstance(content, list | dict):
+        raise DataError(
+            f"{where}: the {part} is a list or an object, not a text; name another column with "
+            "--columns"
+            + ', or set task.format = "chat" for conversations'
+            * (part in ("text", "prompt"))
+        )
+    if content is None or not str(content).strip():
+        raise DataError(f"{where}: the {part} is empty; remove the line")
+    return str(content)
 
 
-def _columns(
-    path: Path, first_setting: str, first: str, second_setting: str, second: str
-) -> Iterator[tuple[int, str, str]]:
-    """Yield each example's line and its two fields, named by two settings of [task]."""
-    empty = True
-    for line, row in _rows(path):
-        one, other = row.get(first), row.get(second)
-        if one is None or other is None:
-            raise DataError(
-                f"{path}, line {line}: columns {first!r} and {second!r} are "
-                f"needed, found {', '.join(map(repr, row))}; rename them or set "
-                f"task.{first_setting} and task.{second_setting} in the run file"
-            )
-        empty = False
-        yield line, str(one), str(other)
-    if empty:
-        raise DataError(f"{path} holds no examples; give a file with at least one")
+def _turns(where: str, content: object) -> tuple[Turn, ...]:
+    """A conversation: {"role", "content"} each turn, or {"from", "value"} as others have it."""
+    named = {"human": "user", "gpt": ASSISTANT}
+    turns: list[Turn] = []
+    for turn in content if isinstance(content, list) else ():
+        known = turn if isinstance(turn, Mapping) else {}
+        role, said = known.get("role", known.get("from")), known.get("content", known.get("value"))
+        if not isinstance(role, str) or not isinstance(said, str):
+            turns = []
+            break
+        turns.append((named.get(role, role), said))
+    if not turns:
+        raise DataError(
+            f'{where}: the messages are no list of {{"role": …, "content": …}} with texts; write, '
+            'for example, [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": '
+            '"Hi"}]'
+        )
+    if not any(role == ASSISTANT and said.strip() for role, said in turns):
+        raise DataError(
+            f"{where}: nothing in the messages is said by the assistant, so nothing is learned; "
+            "remove the line"
+        )
+    return tuple(turns)
 
 
-def _filled(path: Path, line: int, what: str, content: str) -> str:
-    if not content.strip():
-        raise DataError(f"{path}, line {line}: the {what} is empty; remove the line")
-    return content
-
-
-def missing_labels(examples: Examples | Pairs, task: TaskSection) -> list[str]:
+def missing_labels(examples: Data, task: TaskSection) -> list[str]:
     """Return the run's labels that this data never shows: allowed, and worth telling."""
     seen = set(examples.labels) if isinstance(examples, Examples) else set()
     return [label for position, label in enumerate(task.labels) if position not in seen]
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    suffix = path.suffix.lower()
-    if suffix not in {".csv", ".tsv", ".jsonl"}:
-        raise DataError(f"{path}: the data file must end in .csv, .tsv or .jsonl")
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{path} is larger than 2 GB; give the worker a smaller shard")
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if suffix == ".jsonl":
-                yield from _json_lines(path, file)
-            else:
-                reader = csv.DictReader(
-                    file, delimiter="\t" if suffix == ".tsv" else ",", strict=True
-                )
-                for row in reader:
-                    yield reader.line_num, {str(k): v for k, v in row.items() if k is not None}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read the data file {path}: {error}") from error
+def hold_out(examples: Data, share: float, source: str) -> tuple[Data, Data]:
+    """Return the examples to train on, and about this share of them that is held out.
+
+    A digest of an example's first part decides, so that it is the same each time, whatever the
+    order of the rows, and equal texts are on one side. Raises DataError when nothing is left.
+    """
+    first = next(iter(vars(examples).values()))
+    limit = floor(share * 2**64)
+    held = [int.from_bytes(_digest(part)[:8]) < limit for part in first]
+    parts = [i for i, out in enumerate(held) if not out], [i for i, out in enumerate(held) if out]
+    if not parts[0] or not parts[1]:
+        raise DataError(
+            f"--validation {share:g} of the {len(examples)} examples of {source} leaves none to "
+            f"{'train on' if not parts[0] else 'measure with'}: give another share, or more data"
+        )
+    return examples.only(parts[0]), examples.only(parts[1])
 
 
-def _json_lines(path: Path, file: Iterator[str]) -> Iterator[tuple[int, dict[str, object]]]:
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: each line must be one JSON object")
-        yield number, row
+def _digest(part: object) -> bytes:
+    return hashlib.sha256(json.dumps(part).encode()).digest()
 
 
 class Sampler:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lorand.codec import Floats
 from lorand.coefficients import Coefficients
-from lorand.config import RunConfig
+from lorand.config import EstimatorKind, RunConfig
 from lorand.directions import Indices
 from lorand.errors import ConfigError, LorandError
 from lorand.kernels import zero_sums
@@ -251,7 +251,7 @@ class Backprop:
         replica.on_gradient(self._add)
 
     def measure(self, loss: Loss, batch: Sequence[int], indices: Indices) -> Measurement:
-        """Return Zᵀ∇L at `indices` (the whole pool, in order)."""
+        """Return Zᵀ∇L at `indices`: the whole pool, in order, where the run is of this kind."""
         self._replica.settle()
         value = loss(batch)
         mean = finite(value.detach())
@@ -277,11 +277,16 @@ class Backprop:
         self._replica.project(name, gradient, self._shares)
 
 
-def build(config: RunConfig, replica: Replica, module: nn.Module) -> Estimator:
-    """Return the run's estimator on a replica of this module; freezes what is not trained."""
+def build(
+    config: RunConfig, replica: Replica, module: nn.Module, kind: EstimatorKind | None = None
+) -> Estimator:
+    """Return the run's estimator on a replica of this module, or one that measures the same.
+
+    Freezes what is not trained. `kind` is a worker's own choice (`own_estimator`).
+    """
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    match config.estimator.kind:
+    match kind or config.estimator.kind:
         case "spsa":
             return Spsa(replica, config)
         case "one-sided":

@@ -1,18 +1,46 @@
 """Flags of lr-worker that several commands share or that need many words: types with their help."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lorand_worker.memory import Weights
+from lorand_worker.sources import parse
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Address = Annotated[
     str, typer.Argument(help="HOST:PORT of the coordinator; of several: HOST:PORT,HOST:PORT.")
 ]
+Source = Annotated[str, typer.Argument(help="An exported ledger file, or HOST:PORT.")]
+AdapterSource = Annotated[
+    str, typer.Argument(help="Folder of an exported adapter, exported ledger file, or HOST:PORT.")
+]
 Data = Annotated[
-    Path, typer.Option(help="CSV, TSV or JSONL file with the columns of the run's [task].")
+    Any,  # a Source: typer takes no unions
+    typer.Option(
+        parser=parse,
+        metavar="FILE|hub:OWNER/NAME:SPLIT",
+        help="A CSV, TSV, JSONL or Parquet file with the columns of the run's \\[task], or a data "
+        "set of the hub (pip install 'lorand\\[data]' for it and Parquet).",
+    ),
+]
+Columns = Annotated[
+    str,
+    typer.Option(
+        metavar="text=COLUMN,…",
+        help="What the columns are called here, where it is not as in the run's \\[task]: text and "
+        "label, prompt and answer, or messages.",
+    ),
+]
+Validation = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=0.9,
+        help="Share of the examples that is never trained on; a digest of each decides, so that "
+        "they are the same every time, for join and evaluate alike.",
+    ),
 ]
 Model = Annotated[Path | None, typer.Option(help="Local copy of the run's model.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
@@ -21,6 +49,14 @@ KeptWeights = Annotated[
     typer.Option(
         help="copy: base beside working weights, twice the memory. layerwise: made as each layer "
         "runs, from the base. auto: copy where there is room and the base is not quantised."
+    ),
+]
+Checkpointing = Annotated[
+    bool,
+    typer.Option(
+        "--checkpointing",
+        help="First-order runs with --weights copy: run layers again in the backward pass "
+        "instead of keeping their activations.",
     ),
 ]
 CacheMemory = Annotated[
@@ -45,7 +81,7 @@ CacheDir = Annotated[Path | None, typer.Option(help="Where that file is; default
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: all.")]
 GiveUp = Annotated[float, typer.Option(min=1, help="Seconds to look for an absent coordinator.")]
 RequirePrivacy = Annotated[
-    bool, typer.Option("--require-privacy", help="Take part only in a run with [privacy].")
+    bool, typer.Option("--require-privacy", help="Take part only in a run with \\[privacy].")
 ]
 MaxEpsilon = Annotated[
     float | None,

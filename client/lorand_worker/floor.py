@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from lorand.config import RunConfig
+from lorand.config import EstimatorKind, RunConfig
 from lorand_worker.estimators import Measurement
 from lorand_worker.precision import Precision
 
@@ -47,13 +47,19 @@ def floor(dtype: str, loss: float, batch: int) -> float:
 class FloorWatch:
     """Warns once when most loss differences of this worker are below the floor."""
 
-    def __init__(self, config: RunConfig, precision: Precision, batch: int) -> None:
-        """`batch` is the number of examples behind a loss."""
+    def __init__(
+        self,
+        config: RunConfig,
+        precision: Precision,
+        batch: int,
+        kind: EstimatorKind | None = None,
+    ) -> None:
+        """`batch` is the number of examples behind a loss, `kind` a worker's own estimator."""
         self._dtype = passes_dtype(config, precision)
         self._batch = batch
         # Zero where what is reported is no difference of two losses, but a slope or where local
         # steps led: nothing to watch.
-        passes = {"spsa": 2.0, "one-sided": 1.0}.get(config.estimator.kind, 0.0)
+        passes = {"spsa": 2.0, "one-sided": 1.0}.get(kind or config.estimator.kind, 0.0)
         self._step = 0.0 if config.local.taken else passes
         self._step *= config.estimator.perturbation_scale
         self._seen = 0

@@ -1,6 +1,5 @@
 """The worker's connection: a synchronous gRPC channel, reconnects and bounded waits."""
 
-import hashlib
 import queue
 import random
 import threading
@@ -16,7 +15,14 @@ from google.protobuf.message import Message
 from lorand import credentials, ledger, transport
 from lorand.config import PROTOCOL_VERSION, RunConfig
 from lorand.credentials import Credentials
-from lorand.errors import ConfigError, ConnectionLost, HandshakeError, LedgerError
+from lorand.errors import (
+    Behind,
+    ConfigError,
+    ConnectionLost,
+    HandshakeError,
+    LedgerError,
+    LorandError,
+)
 from lorand.ledger import Position
 from lorand.manifest import Identity
 from lorand.merkle import Frontier
@@ -27,6 +33,8 @@ from lorand.v1 import ledger_pb2_grpc as ledger_service
 
 BACKOFF_FIRST_S: Final = 0.2
 BACKOFF_LARGEST_S: Final = 3.0
+BEHIND_S: Final = 30.0
+"""Of several coordinators, how long one that has too few entries is taken for one that slept."""
 CALL_TIMEOUT_S: Final = 30.0
 READ_TIMEOUT_S: Final = 600.0
 EXIT_POLL_S: Final = 1.0
@@ -46,6 +54,10 @@ _Result = TypeVar("_Result")
 
 class Retry(Exception):
     """The coordinator asked to come back later."""
+
+
+class Stopped(LorandError):
+    """Who started this worker stopped it."""
 
 
 @dataclass
@@ -73,6 +85,7 @@ class Link:
         self.signs = False
         """Whether the coordinator signs its ledger, as it said last."""
         self._give_up_s = give_up_s
+        self._stopped = threading.Event()
         self._channel: grpc.Channel | None = None
         self._open()
 
@@ -93,6 +106,15 @@ class Link:
         if self._channel is not None:
             self._channel.close()
 
+    def stop(self) -> None:
+        """End what is under way, from another thread: `persist` raises Stopped."""
+        self._stopped.set()
+        self.close()
+
+    def _check_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise Stopped("this worker was stopped; the same settings go on where it was")
+
     def _turn(self, *, failed: bool) -> None:
         """Go on with the next address, or with another channel in place of one that failed."""
         if failed or len(self._addresses) > 1:
@@ -103,21 +125,35 @@ class Link:
         """Return the result of `attempt`, repeated with full jitter while the coordinator is away.
 
         Raises ConnectionLost after give_up_s without success, HandshakeError when the coordinator
-        answered but kept sending this worker away; the time starts anew after an attempt that
-        lasted.
+        answered but kept sending this worker away, Stopped after `stop`; the time starts anew after
+        an attempt that lasted. Raises Behind at once where there is one coordinator. One of several
+        may have led before it slept, and not know yet who leads now: the next is tried, for
+        BEHIND_S.
         """
         tries, since = 0, time.monotonic()
+        behind_since: float | None = None
         while True:
-            began, answered = time.monotonic(), False
+            began, answered, behind = time.monotonic(), False, False
             try:
                 return attempt()
             except Retry as error:
                 why, answered = str(error), True
+            except Behind:
+                behind_since = behind_since or began
+                if len(self._addresses) == 1 or began - behind_since > BEHIND_S:
+                    raise
+                why = f"{self._addresses[0]} shows an older history than was seen"
+                answered = behind = True
             except grpc.RpcError as error:
+                self._check_stopped()
                 why = _explain(self._addresses[0], error)
+            except ValueError:  # gRPC's word for a channel that was closed
+                self._check_stopped()
+                raise
             now = time.monotonic()
             if now - began > BACKOFF_LARGEST_S:
                 tries, since = 0, now
+                behind_since = behind_since if behind else None
             if now - since > self._give_up_s:
                 if answered:
                     raise HandshakeError(
@@ -132,7 +168,8 @@ class Link:
             on_wait(why)
             self._turn(failed=not answered)
             limit = min(BACKOFF_LARGEST_S, BACKOFF_FIRST_S * 2 ** (tries // len(self._addresses)))
-            time.sleep(random.SystemRandom().uniform(0, limit))
+            self._stopped.wait(random.SystemRandom().uniform(0, limit))
+            self._check_stopped()
             tries += 1
 
     def _take_renewed(self) -> None:
@@ -170,12 +207,13 @@ class Link:
         return position
 
     def from_checkpoint(self, position: Position) -> Position:
-        """Return the position of the coordinator's checkpoint, or this one where that is later."""
+        """Return the coordinator's position, or this one where entries lead on in fewer bytes."""
         size = position.config.directions.pool_size
         header, data = pb.CheckpointHeader(), bytearray()
-        request = pb.GetCheckpointRequest()
+        request = pb.GetCheckpointRequest(next_sequence=position.next_sequence, present=True)
+        self.traffic.sent += request.ByteSize()
         for part in self._ledger.GetCheckpoint(request, timeout=READ_TIMEOUT_S):
-            self._count(request, part)
+            self.traffic.received += part.ByteSize()
             if part.HasField("header"):
                 header = part.header
                 if header.sequence < position.next_sequence or not header.tree:
@@ -185,16 +223,18 @@ class Link:
                 raise LedgerError("the coordinator's checkpoint is larger than this run's pool")
         if not data:
             return position
-        if hashlib.sha256(data).digest() != header.coefficients_digest:
+        coefficients = ledger.unpack_coefficients(bytes(data), size, header.width)
+        if ledger.coefficients_digest(coefficients) != header.coefficients_digest:
             raise LedgerError("the coordinator's checkpoint was damaged on the way; join again")
         return Position(
             position.config,
             position.identity,
             position.draws,
-            ledger.unpack_coefficients(bytes(data), size),
+            coefficients,
             header.sequence + 1,
             header.head,
             header.committed,
+            header.finished,
             tree=Frontier.of(header.sequence + 1, header.tree),
         )
 
@@ -208,9 +248,17 @@ class Link:
             yield from page.entries
 
     def get_head(self, size: int, known_size: int) -> pb.GetHeadResponse:
-        """Return the signed head of so many entries, with the proof from a known one."""
+        """Return the signed head of so many entries, with the proof from a known one.
+
+        Raises Behind when the coordinator has fewer.
+        """
         request = pb.GetHeadRequest(size=size, known_size=known_size)
-        answer = self._ledger.GetHead(request, timeout=CALL_TIMEOUT_S)
+        try:
+            answer = self._ledger.GetHead(request, timeout=CALL_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.OUT_OF_RANGE:
+                raise Behind(error.details()) from error
+            raise
         self._count(request, answer)
         return answer
 
@@ -316,11 +364,17 @@ def _explain(address: str, error: grpc.RpcError) -> str:
         raise HandshakeError(
             f"the server there is no lorand coordinator of this version: {detail}"
         ) from error
-    if code in REFUSALS:
+    if code in REFUSALS and not _comes_back(error):
         raise HandshakeError(f"the coordinator refused: {detail}") from error
     if (distrust := credentials.distrust(address, detail)) is not None:
         raise distrust from error
     return f"{code.name.lower() if code else 'error'}: {_first_line(detail)[:160]}"
+
+
+def _comes_back(error: grpc.RpcError) -> bool:
+    """Return whether a refusal is for now alone."""
+    trailers = error.trailing_metadata() if isinstance(error, grpc.Call) else None
+    return transport.PUSHBACK in dict(trailers or ())
 
 
 def _first_line(text: str) -> str:

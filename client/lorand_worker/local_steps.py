@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lorand.coefficients import add
-from lorand.config import RunConfig
+from lorand.config import EstimatorKind, RunConfig
 from lorand.errors import ConfigError
 from lorand.kernels import zero_sums
 from lorand.replica import CopyReplica, Replica
@@ -144,10 +144,13 @@ class WeightSteps:
         return Measurement(-moved, float(np.mean(losses)))
 
 
-def build(config: RunConfig, replica: Replica, module: nn.Module) -> Work:
+def build(
+    config: RunConfig, replica: Replica, module: nn.Module, kind: EstimatorKind | None = None
+) -> Work:
     """Return the work of the run's rounds on a replica of this module; freezes what is not trained.
 
-    Raises ConfigError for an optimizer that cannot be used, or a replica that cannot serve it.
+    `kind` is the estimator where it is a worker's own choice. Raises ConfigError for an optimizer
+    that cannot be used, or a replica that cannot serve it.
     """
     if config.local.space == "weights":
         for parameter in module.parameters():
@@ -157,5 +160,5 @@ def build(config: RunConfig, replica: Replica, module: nn.Module) -> Work:
         if config.subspace.kind == "svd" and isinstance(replica, CopyReplica):
             return SvdSteps(config, replica)
         return WeightSteps(config, replica)
-    estimator = estimators.build(config, replica, module)
+    estimator = estimators.build(config, replica, module, kind)
     return SeedSteps(config, replica, estimator) if config.local.taken else Standing(estimator)

@@ -4,6 +4,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorand import free_memory
+
 if TYPE_CHECKING:  # commands are quick to start: torch is imported when it is needed
     import torch
 
@@ -46,7 +48,7 @@ def fits(needed_bytes: int, free: int | None) -> bool:
 def free_bytes(device: "torch.device", root: Path = Path("/")) -> int | None:
     """Return the memory that can still be taken on a device; None where it is not known.
 
-    On the CPU the smaller of what Linux calls available and what the control group leaves.
+    On the CPU see `lorand.free_memory`.
     """
     if device.type == "cuda":
         import torch
@@ -54,29 +56,4 @@ def free_bytes(device: "torch.device", root: Path = Path("/")) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
         return None
-    return min(
-        (bytes_ for bytes_ in (_available(root), _left_in_group(root)) if bytes_ is not None),
-        default=None,
-    )
-
-
-def _available(root: Path) -> int | None:
-    try:
-        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    sizes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(sizes[0]) * 1024 if sizes else None
-
-
-def _left_in_group(root: Path) -> int | None:
-    """What a container may still take (control groups, version 2); file pages count as free."""
-    group = root / "sys/fs/cgroup"
-    try:
-        most = int((group / "memory.max").read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-    except (OSError, ValueError):  # no control group, or no limit ("max")
-        return None
-    stat = dict(line.split() for line in lines)
-    return most - used + int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+    return free_memory.free_bytes(root)

@@ -7,6 +7,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
+from lorand import adapter, card
+from lorand.card import Facts
 from lorand.errors import ModelError
 from lorand.ledger import Position
 from lorand.sections import PLAIN_TEMPLATE, TaskSection
@@ -15,8 +17,8 @@ from lorand_worker.heads import LanguageModel, OwnClassifier, PooledClassifier
 from lorand_worker.model import LoadedModel
 
 
-def save(loaded: LoadedModel, position: Position, folder: Path) -> Path:
-    """Write weights, config and tokenizer; return the folder.
+def save(loaded: LoadedModel, position: Position, folder: Path, facts: Facts | None = None) -> Path:
+    """Write weights, config, tokenizer and a card of the run; return the folder.
 
     Adapters are merged into the weights beside them, in place. A language model or one with its own
     head opens in transformers as it is; what asks for labels by words is beside it in prompt.json.
@@ -35,6 +37,7 @@ def save(loaded: LoadedModel, position: Position, folder: Path) -> Path:
         inner = "encoder" if isinstance(module, PooledClassifier) else "model"
         _pretrained(module.get_submodule(inner)).save_pretrained(folder, safe_serialization=True)
         save_beside(module, task, folder)
+        card.write(adapter.of(position), facts or Facts(), folder, merged=True)
     except OSError as error:
         raise ModelError(f"cannot write the merged model to {folder}: {error}") from error
     return folder
@@ -44,8 +47,10 @@ def save_beside(module: nn.Module, task: TaskSection, folder: Path) -> None:
     """Write what no Hugging Face model holds: a pooled head, or how a language model is asked."""
     labels = list(task.labels)
     if isinstance(module, LanguageModel):
-        template = task.template or PLAIN_TEMPLATE
-        asked = {"template": template, "labels": labels, "label_words": task.label_words}
+        asked: dict[str, Any] = {"format": task.format}
+        if task.format == "pairs":
+            template = task.template or PLAIN_TEMPLATE
+            asked = {"template": template, "labels": labels, "label_words": task.label_words}
         (folder / "prompt.json").write_text(json.dumps(asked, indent=1), encoding="utf-8")
     elif isinstance(module, PooledClassifier):
         head = {name: t.detach().contiguous() for name, t in module.head.state_dict().items()}

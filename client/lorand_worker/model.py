@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from lorand.layers import Absent
 from lorand.manifest import Identity, Manifest, TensorSpec, select_trainable
 from lorand.replica import tensor_bytes
 from lorand.sections import TaskKind
-from lorand_worker import peft_layers, ranks, scales
+from lorand_worker import hugging_face, peft_layers, ranks, scales
 from lorand_worker.pretrained import quiet_transformers, read
 from lorand_worker.quantisation import Quantised, quantise_layers
 
@@ -41,6 +42,11 @@ class LoadedModel:
     adapted: frozenset[str] = frozenset()
 
 
+_ONE_AT_A_TIME: Final = Lock()
+"""transformers changes its own classes while it loads and puts them back after: two threads that
+load at once leave them changed, and later models come without their tied weights."""
+
+
 def load(
     section: ModelSection,
     num_labels: int,
@@ -56,23 +62,37 @@ def load(
     """
     name = str(source or section.name)
     try:
-        with quiet_transformers():
+        with _ONE_AT_A_TIME, quiet_transformers(), hugging_face.cached_where_away(name):
             found = read(section, num_labels, name, kind)
-            _start_alike(found.module, found.new, num_labels)
+            start_alike(found.module, found.new, num_labels)
             adapted = peft_layers.attach(found.module, section)
             stored = quantise_layers(found.module, section.quantisation, beside=adapted)
     except ModelError:
         raise
     except Exception as error:  # transformers raises many kinds for one cause: it cannot load.
-        raise ModelError(
-            f"cannot load the model {name!r}: {str(error).strip().splitlines()[0]}; give a folder "
-            "with config.json, model.safetensors and the tokenizer (`--model FOLDER`), or a name "
-            "that the Hugging Face hub knows"
-        ) from error
+        raise ModelError(_why_not(error, name)) from error
     return LoadedModel(found.module.eval(), found.tokenizer, found.new, stored, adapted)
 
 
-def _start_alike(module: nn.Module, new: frozenset[str], num_labels: int) -> None:
+def _why_not(error: Exception, name: str) -> str:
+    """Why a model cannot be loaded, and what to do."""
+    said = hugging_face.first_line(error)
+    if not Path(name).is_dir() and (why := hugging_face.trouble(error, name, "model")):
+        return why
+    if "safetensors" in said and ("no file named" in said or "does not appear to have" in said):
+        return (
+            f"the model {name!r} has no weights as safetensors ({said}). Other formats are not "
+            "opened, since they can run code: name a revision that has model.safetensors, or have "
+            "`save_pretrained` of transformers write it on a machine that may run that code"
+        )
+    return (
+        f"cannot load the model {name!r}: {said}; give a folder with config.json, "
+        "model.safetensors and the tokenizer (`--model FOLDER`), or a name that the Hugging Face "
+        "hub knows"
+    )
+
+
+def start_alike(module: nn.Module, new: frozenset[str], num_labels: int) -> None:
     """Give new tensors the same start on every machine: zero, or signs under a fixed key.
 
     Only the last layer may be zero: a head of two zero layers would have no gradient at all.
@@ -142,17 +162,22 @@ def identity(
     ]
     manifest = Manifest(tuple(sorted(specs, key=lambda spec: spec.name)))
     digest = base_digest(model.module, model.stored)
-    return Identity(digest, tokenizer_digest(model.tokenizer), manifest)
+    chats = config.task.format == "chat"
+    return Identity(digest, tokenizer_digest(model.tokenizer, chats=chats), manifest)
 
 
-def base_digest(module: nn.Module, stored: Mapping[str, Quantised] | None = None) -> bytes:
+def base_digest(
+    module: nn.Module, stored: Mapping[str, Quantised] | None = None, without: str = ""
+) -> bytes:
     """Return SHA-256 over name, dtype, shape and bytes of every weight, sorted by name.
 
     Quantised weights count as what they are dequantised to here: a machine whose library would
-    give other numbers has another base model.
+    give other numbers has another base model. Names that begin with `without` are left out.
     """
     total = hashlib.sha256()
     for name, tensor in sorted(module.state_dict(keep_vars=True).items()):
+        if without and name.startswith(without):
+            continue
         if isinstance(tensor, Absent):
             tensor = (stored or {})[tensor.parameter].dense()
         total.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -160,10 +185,11 @@ def base_digest(module: nn.Module, stored: Mapping[str, Quantised] | None = None
     return total.digest()
 
 
-def tokenizer_digest(tokenizer: Any) -> bytes:
+def tokenizer_digest(tokenizer: Any, *, chats: bool = False) -> bytes:
     """Return SHA-256 of what maps a text to ids: vocabulary, rules and special tokens.
 
-    Truncation and padding are left out: they are set a call, and would change the digest.
+    `chats`: of what maps a conversation to ids, the chat template included. Truncation and padding
+    are left out: they are set a call, and would change the digest.
     """
     content: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items())}
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
@@ -172,4 +198,6 @@ def tokenizer_digest(tokenizer: Any) -> bytes:
             key: rules.get(key)
             for key in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")
         }
+    if chats:
+        content["chat_template"] = tokenizer.chat_template
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()

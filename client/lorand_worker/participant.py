@@ -12,13 +12,14 @@ import numpy as np
 from lorand import codec, ledger
 from lorand.codec import Codes, Floats
 from lorand.coefficients import Coefficients
-from lorand.config import RunConfig
+from lorand.config import PROTOCOL_VERSION, RunConfig
 from lorand.directions import Indices
 from lorand.errors import ContributionError, HandshakeError, LorandError
 from lorand.ledger import Position
+from lorand.manifest import Identity
 from lorand.privacy.mechanism import Integers
 from lorand.privacy.secure_sum import SumMember
-from lorand.subspaces import elections
+from lorand.subspaces import cosines, elections
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand_worker.budget import Budget
@@ -88,6 +89,23 @@ def encode(
     return Coded(codes, scale, wanted - moved)
 
 
+def hello(name: str, position: Position, identity: Identity) -> wire.Hello:
+    """Return what a worker of this name says when it joins at a position, with what it has."""
+    begun = position.next_sequence > 0
+    return wire.Hello(
+        protocol_version=PROTOCOL_VERSION,
+        name=name,
+        run_digest=position.run_digest,
+        base_digest=identity.base_digest,
+        tokenizer_digest=identity.tokenizer_digest,
+        manifest_digest=identity.manifest.digest(),
+        manifest="" if begun else identity.manifest.to_json(),
+        next_sequence=position.next_sequence,
+        head=position.head if begun else b"",
+        cosines_digest=cosines.digest_of(position.config, identity.manifest),
+    )
+
+
 class Participant:
     """Follows the ledger and answers rounds. `position` says how far it has come."""
 
@@ -130,10 +148,12 @@ class Participant:
             self._answer = (last.asked, Request(contribution=last.contribution))
 
     def catch_up(self, position: Position) -> None:
-        """Jump to a later position of the same run (a checkpoint)."""
+        """Jump to a later position of the same run."""
         assert position.run_digest == self.position.run_digest
         self.position = position
         self._memory.move_to(len(position.closed))
+        if position.finished:
+            self._memory.end()
 
     @property
     def awaited_from(self) -> int | None:
@@ -157,15 +177,18 @@ class Participant:
     def on_entry(self, body: bytes) -> pb.Entry:
         """Apply a durable entry. Raises LedgerError when it does not follow."""
         entry = ledger.parse(body)
-        self.position = ledger.apply(self.position, body)
-        if entry.HasField("commit") and self.worker in entry.commit.workers:
-            self.counts.committed += 1
+        self.follow(entry, ledger.apply(self.position, body))
+        return entry
+
+    def follow(self, entry: pb.Entry, position: Position) -> None:
+        """Go on to the position after one more entry; those who have one history may share it."""
+        self.position = position
         if entry.HasField("commit"):
+            self.counts.committed += self.worker in entry.commit.workers
             self._memory.committed(entry.round_index, entry.commit.workers)
         self._memory.move_to(len(self.position.closed))
         if entry.HasField("finish"):
             self._memory.end()
-        return entry
 
     def on_round_start(self, start: wire.RoundStart) -> Request:
         """Measure and return the contribution, or a skip with the reason.

@@ -109,11 +109,17 @@ def _start_alike(module: nn.Module) -> None:
 
 def merge(module: nn.Module) -> None:
     """Add every adapter to the weights beside it, and leave the plain layers in their places."""
+    remove(module, merged=True)
+
+
+def remove(module: nn.Module, *, merged: bool = False) -> None:
+    """Leave the plain layers in the places of adapters, merged or as they were."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, part in list(module.named_modules()):
         if isinstance(part, BaseTunerLayer):
             layer: Any = part
-            layer.merge()
+            if merged:
+                layer.merge()
             parent, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(parent), attribute, layer.get_base_layer())

@@ -4,19 +4,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from lorand import runfile
 from lorand.config import RunConfig
 from lorand.errors import ConfigError
 from lorand.kernels import zero_sums
-from lorand.manifest import Identity, Manifest
-from lorand_worker import data, model, ranks, sensitivity, stepping, tasks
+from lorand.manifest import LOCK_NAME, Identity, Manifest
+from lorand_worker import model, pretrained, ranks, sensitivity, stepping, tasks
 from lorand_worker.bench import Base, task_for
+from lorand_worker.data import Data
 from lorand_worker.resolution import check_perturbation
 from lorand_worker.session import Reporter
+from lorand_worker.sources import Source
 
-LOCK = "run.lock"
 
-
-def check(run: Path, config: RunConfig, examples: Path | None) -> None:
+def check(run: Path, config: RunConfig, examples: Source | None) -> None:
     """Raise ConfigError for local steps that cannot be, and for examples that are not asked for."""
     stepping.check(config)
     calibrated = config.directions.scale_rule == "calibrated"
@@ -30,7 +31,7 @@ def check(run: Path, config: RunConfig, examples: Path | None) -> None:
 
 
 def prepare(
-    config: RunConfig, examples: Path | None, load: Callable[[RunConfig], Base], report: Reporter
+    config: RunConfig, examples: Data | None, load: Callable[[RunConfig], Base], report: Reporter
 ) -> Identity:
     """Return the run's identity, with direction scales measured on the examples, if any.
 
@@ -53,21 +54,13 @@ def prepare(
 
 def written(run: Path, config: RunConfig) -> Identity | None:
     """Return what run.lock beside the run file says, where the run cannot be loaded without it."""
-    lock = run.with_name(LOCK)
     measured = config.directions.scale_rule == "calibrated" or config.subspace.measures_ranks
-    if not measured or not lock.exists():
-        return None
-    try:
-        return Identity.from_lock(lock.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"cannot read {lock}: {error}; write it again with `lr-worker prepare {run}`"
-        ) from error
+    return Identity.beside(run) if measured else None
 
 
 def write(run: Path, identity: Identity) -> Path:
     """Write run.lock beside the run file; return it. Raises ConfigError."""
-    lock = run.with_name(LOCK)
+    lock = run.with_name(LOCK_NAME)
     try:
         lock.write_text(identity.to_lock(), encoding="utf-8")
     except OSError as error:
@@ -75,9 +68,36 @@ def write(run: Path, identity: Identity) -> Path:
     return lock
 
 
-def _calibrated(config: RunConfig, base: Base, examples: Path, report: Reporter) -> Identity:
+def pin(run: Path, config: RunConfig, source: Path | None, report: Reporter, wanted: bool) -> None:
+    """Put the commit of the hub that the model was loaded from into the run file, where wanted.
+
+    Else say which it is, if the run's revision may move. Raises ConfigError.
+    """
+    commit = pretrained.commit(config.model, source)
+    if commit is None or commit == config.model.revision:
+        if wanted and commit is None:
+            raise ConfigError(
+                f"--pin: {source or config.model.name} is a folder, which has no commits: prepare "
+                "the run with the model's name on the hub, or leave the flag away"
+            )
+        return
+    if not wanted:
+        report.note(
+            f"{config.model.revision!r} of {config.model.name} is the commit {commit}: --pin puts "
+            "that into the run file, for the day when it is another one"
+        )
+        return
+    try:
+        text = run.read_text(encoding="utf-8")
+        run.write_text(runfile.with_value(text, "model", "revision", commit), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {run}: {error}") from error
+    report.note(f"model.revision in {run} is {commit} now")
+
+
+def _calibrated(config: RunConfig, base: Base, examples: Data, report: Reporter) -> Identity:
     """The run's identity with direction scales measured on these examples."""
-    task = task_for(base, config, data.load(examples, config.task))
+    task = task_for(base, config, examples)
     found = sensitivity.measure(base, config, task)
     identity = sensitivity.identity(base, found)
     tensors = identity.manifest.tensors

@@ -1,10 +1,12 @@
 """Read base models with transformers: safetensors only, no code of the model's own."""
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -16,6 +18,9 @@ from lorand_worker.heads import LanguageModel, OwnClassifier, PooledClassifier
 
 _BODY = re.compile(r"(?:^|\.)(?:layer|layers|h|block|blocks)\.\d+\.|embed|wte")
 """Parts of a model that must come from its checkpoint."""
+
+# Nobody else is asked to convert weights that are no safetensors.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,16 @@ def read(section: ModelSection, num_labels: int, name: str, kind: TaskKind) -> P
         module, new = _language_model(name, kind, config, options), set()
     _forget_calls(module)
     return Pretrained(module, tokenizer, frozenset(new))
+
+
+def commit(section: ModelSection, source: Path | None) -> str | None:
+    """Return the commit of the hub that a model was read from; None: it came from a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if source is not None or Path(section.name).is_dir():
+        return None
+    found = try_to_load_from_cache(section.name, "config.json", revision=section.revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _classifier(

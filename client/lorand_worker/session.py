@@ -9,13 +9,13 @@ from typing import Final, Protocol
 
 import grpc
 
-from lorand import ledger
-from lorand.config import PROTOCOL_VERSION, RunConfig
+from lorand import codec, ledger
+from lorand.codec import Floats
+from lorand.config import RunConfig
 from lorand.errors import HandshakeError
 from lorand.ledger import Position
 from lorand.manifest import Identity
 from lorand.privacy.secure_sum import SumMember
-from lorand.subspaces import cosines
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
 from lorand_worker import feedback
@@ -23,12 +23,17 @@ from lorand_worker.bench import ModelBench
 from lorand_worker.budget import Budget
 from lorand_worker.feedback import Place
 from lorand_worker.link import FEATURES, Link, Retry, Stream
-from lorand_worker.participant import Bench, Participant
+from lorand_worker.participant import Bench, Participant, hello
 from lorand_worker.tasks import Score
+from lorand_worker.traced import Figures, Watch, unwatched
 from lorand_worker.witness import Witness
 
 CHECK_EVERY: Final = 50
 """Commits after which the coordinator is asked for its signature of the history."""
+
+
+def nowhere(step: int, values: dict[str, float | None]) -> None:
+    """Take figures that nobody asked for."""
 
 
 class Reporter(Protocol):
@@ -57,8 +62,12 @@ class Session:
     """What a private run is charged to."""
     member: SumMember | None = None
     """This worker's part in the secure sums of a run that has them."""
+    uniform: Callable[[int], Floats] = codec.system_uniform
+    """Draws numbers for unbiased rounding; experiments inject a seeded one."""
     coordinator_key: bytes | None = None
     """The key that the ledger must be signed by; None: the first one seen."""
+    figures: Figures = nowhere
+    watch: Watch = unwatched
 
     def __post_init__(self) -> None:
         """Begin before entry 0, with a new session number."""
@@ -72,7 +81,7 @@ class Session:
             size = self.config.directions.pool_size
             memory = feedback.FileMemory(size, place, self.report.note)
         self.participant = Participant(
-            start, self.bench, memory=memory, budget=self.budget, member=self.member
+            start, self.bench, self.uniform, memory, self.budget, self.member
         )
 
     def run(self) -> Participant:
@@ -133,22 +142,11 @@ class Session:
         return identity is not None
 
     def _hello(self) -> wire.Hello:
-        position = self.participant.position
-        return wire.Hello(
-            protocol_version=PROTOCOL_VERSION,
-            name=self.name,
-            run_digest=position.run_digest,
-            base_digest=self.identity.base_digest,
-            tokenizer_digest=self.identity.tokenizer_digest,
-            manifest_digest=self.identity.manifest.digest(),
-            manifest=self.identity.manifest.to_json() if position.next_sequence == 0 else "",
-            next_sequence=position.next_sequence,
-            head=position.head if position.next_sequence else b"",
-            features=FEATURES,
-            session=self._session,
-            cosines_digest=cosines.digest_of(self.config, self.identity.manifest),
-            sum_key=b"" if self.member is None else self.member.announcement,
-        )
+        message = hello(self.name, self.participant.position, self.identity)
+        message.features.extend(FEATURES)
+        message.session = self._session
+        message.sum_key = b"" if self.member is None else self.member.announcement
+        return message
 
     def _handle(self, stream: Stream, message: wire.ParticipateResponse) -> None:
         participant = self.participant
@@ -169,11 +167,14 @@ class Session:
                     self.report.note(f"round {entry.round_index} was abandoned: {reason}")
                 self._check_now_and_then(entry)
                 self._show()
+                if entry.HasField("commit"):
+                    self._track()
             case "sum_keys":
                 if self.member is not None:
                     self.member.agree(message.sum_keys.announcements)
             case "round_start":
-                request = participant.on_round_start(message.round_start)
+                with self.watch(message.round_start.round_index):
+                    request = participant.on_round_start(message.round_start)
                 if request.HasField("skip"):
                     skip = request.skip
                     self.report.note(f"sitting out round {skip.round_index}: {skip.reason}")
@@ -193,6 +194,19 @@ class Session:
             with suppress(grpc.RpcError):
                 self._check_history()
 
+    def _track(self) -> None:
+        """Report a committed round as this worker sees it; its loss is of its own batch."""
+        participant, traffic = self.participant, self.link.traffic
+        values: dict[str, float | None] = {
+            "local_loss": participant.last_loss,
+            "contributions": participant.counts.committed,
+            "skipped": participant.counts.skipped,
+            "rejected": participant.counts.rejected,
+            "bytes_sent": traffic.sent,
+            "bytes_received": traffic.received,
+        }
+        self.figures(participant.position.committed, values)
+
     def _show(self) -> None:
         loss = self.participant.last_loss
         text = f"loss {loss:.4f}" if loss is not None else ""
@@ -209,6 +223,7 @@ def evaluate(
     every: int,
     follow: bool,
     report: Reporter,
+    figures: Figures = nowhere,
 ) -> Score | None:
     """Follow the ledger and post accuracy every so many rounds, at the start and at the end.
 
@@ -235,6 +250,7 @@ def evaluate(
             done.add(position.committed)
             text = f"accuracy {last.accuracy:.3f}, loss {last.loss:.4f}"
             report.progress(position.committed, config.run.rounds, text)
+            figures(position.committed, {"accuracy": last.accuracy, "loss": last.loss})
         due = False
 
     def go_on() -> None:

@@ -13,6 +13,7 @@ from lorand_worker.budget import Account, Budget
 from lorand_worker.feedback import Place
 from lorand_worker.guard import Policy
 from lorand_worker.session import Reporter
+from lorand_worker.sources import Source
 
 
 def open_budget(
@@ -20,7 +21,7 @@ def open_budget(
     identity: Identity,
     name: str,
     folder: Path,
-    data: Path,
+    data: Source,
     policy: Policy,
     report: Reporter,
 ) -> Budget | None:

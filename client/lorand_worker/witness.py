@@ -7,7 +7,7 @@ is refused. The key is the one given, or else the first one seen.
 from collections.abc import Callable
 
 from lorand import durable, merkle
-from lorand.errors import HandshakeError, LedgerError, LorandError
+from lorand.errors import Behind, HandshakeError, LedgerError, LorandError
 from lorand.heads import Head, KeptHead, Signature
 from lorand.v1 import ledger_pb2 as pb
 from lorand_worker.feedback import Place
@@ -40,7 +40,7 @@ class Witness:
     def expect(self, size: int, *, signs: bool) -> None:
         """Have a coordinator with so many entries be one that could be believed.
 
-        Raises HandshakeError when it does not sign although it should, or has lost entries.
+        Raises HandshakeError when it does not sign although it should, Behind when entries lack.
         """
         if self._key is not None and not signs:
             raise HandshakeError(
@@ -48,7 +48,7 @@ class Witness:
                 "does not sign: it is another program or an older release; ask its owner"
             )
         if size < self.known_size:
-            raise HandshakeError(
+            raise Behind(
                 f"the coordinator's ledger has {size} entries, and it signed {self.known_size} "
                 f"for this worker: it was rolled back; its owner should restore it{self._advice()}"
             )

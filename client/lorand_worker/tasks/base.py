@@ -30,6 +30,14 @@ class Score:
     accuracy: float
     loss: float
     examples: int
+    of: str = "examples"
+
+    def text(self) -> str:
+        """Return it for people."""
+        token = "token " * (self.of == "tokens")
+        return (
+            f"{token}accuracy {self.accuracy:.4f}, loss {self.loss:.4f} on {self.examples} examples"
+        )
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ class Task(ABC):
     take no room from those trained on.
     """
 
+    unit = "examples"
+    """What the score's accuracy is a share of."""
     cut = 0
     """Number of prompts that were too long for max_length and lost the end of their text."""
 
@@ -137,6 +147,10 @@ class Task(ABC):
                 f"file to {positions - NEAR} or less"
             ) from error
 
+    def at_limit(self, length: int) -> float:
+        """Return the share of examples that have as many tokens as they may have, or more."""
+        return sum(len(row) >= length for row in self._ids) / len(self)
+
     def loss(self, batch: Sequence[int]) -> torch.Tensor:
         """Return the mean loss of a batch of example indices, in nats: that of `losses`."""
         return self.losses(batch).mean()
@@ -162,11 +176,13 @@ class Task(ABC):
         return torch.cat(judged)[[place[i] for i in key]]
 
     @torch.no_grad()
-    def score(self) -> Score:
-        """Return accuracy and loss over all examples."""
-        self._scored = self._scored or self._cut(range(len(self)))
+    def score(self, examples: Sequence[int] = ()) -> Score:
+        """Return accuracy and loss over these examples, all if none are named."""
+        if not examples:
+            examples = range(len(self))
+            self._scored = self._scored or self._cut(examples)
         correct, targets, total = 0, 0, 0.0
-        for indices in self._scored:
+        for indices in self._scored if len(examples) == len(self) else self._cut(examples):
             group = self._prepare(indices)
             with passes(self._precision, self._device):
                 logits = self._logits(group)
@@ -174,7 +190,7 @@ class Task(ABC):
             correct += int(judged.correct)
             targets += judged.targets
             total += float(judged.losses.sum())
-        return Score(correct / targets, total / len(self), len(self))
+        return Score(correct / targets, total / len(examples), len(examples), self.unit)
 
     @abstractmethod
     def _targets(self, batch: Sequence[int]) -> Targets:

@@ -1,7 +1,7 @@
 """Templates: texts put into them, tokenised, and cut so that the template stays whole."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from lorand.errors import DataError, ModelError
 from lorand.sections import MASK, TEXT, TaskSection
@@ -96,31 +96,37 @@ def _last_own(marks: Sequence[int]) -> int:
     return end
 
 
+COMMON: Final = (
+    *("great", "good", "terrible", "bad", "positive", "negative", "yes", "no", "true", "false"),
+    *("right", "wrong", "fine", "poor", "happy", "sad", "more", "less", "maybe", "neutral"),
+    *("world", "sports", "business", "science", "A", "B", "C", "D", "1", "2", "3", "4"),
+)
+"""Words that are one token in many vocabularies, to be suggested."""
+SUGGESTED: Final = 8
+
+
 def label_word_ids(tokenizer: Any, prompt: Prompt, task: TaskSection) -> list[int]:
     """Return the token of each label's word at its place in the template.
 
     Raises ModelError for a word that is several tokens there, unknown, or another label's token.
     """
-    [plain] = prompt.encode([prompt.rendered(_PROBE)])
-    masks = [at for at, token in enumerate(plain) if token == tokenizer.mask_token_id]
-    start = masks[0] if masks and prompt.joint == "" and MASK in task.template else len(plain)
-    tail = plain[start + 1 :]
+    at_place = _AtPlace(tokenizer, prompt, task)
     found: dict[int, str] = {}
     for word in map(str.strip, task.label_words):
-        [whole] = prompt.encode([prompt.rendered(_PROBE, word)])
-        here = whole[start : len(whole) - len(tail)]
-        same = whole[:start] == plain[:start] and whole[len(whole) - len(tail) :] == tail
-        tokens = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(here if same else whole)))
-        if not same or len(here) != 1:
+        here, all_of_it = at_place.tokens(word)
+        shown = here if here is not None else all_of_it
+        tokens = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(shown)))
+        if here is None or len(here) != 1:
             raise ModelError(
                 f"the label word {word!r} is not one token at its place in task.template, but "
-                f"{tokens}; choose a shorter or more common word in task.label_words, or change "
-                "what stands around it in task.template"
+                f"{tokens}; choose a shorter or more common word in task.label_words"
+                f"{_instead(at_place, word, task)}, or change what stands around it in "
+                "task.template"
             )
         if here[0] == tokenizer.unk_token_id:
             raise ModelError(
                 f"the tokenizer of this model does not know the label word {word!r} ({tokens}); "
-                "choose another in task.label_words"
+                f"choose another in task.label_words{_instead(at_place, word, task)}"
             )
         if here[0] in found:
             raise ModelError(
@@ -129,3 +135,39 @@ def label_word_ids(tokenizer: Any, prompt: Prompt, task: TaskSection) -> list[in
             )
         found[here[0]] = word
     return list(found)
+
+
+class _AtPlace:
+    """What words become at the place of a template where they are predicted."""
+
+    def __init__(self, tokenizer: Any, prompt: Prompt, task: TaskSection) -> None:
+        self._prompt, self._unknown = prompt, tokenizer.unk_token_id
+        [self._plain] = prompt.encode([prompt.rendered(_PROBE)])
+        masks = [at for at, token in enumerate(self._plain) if token == tokenizer.mask_token_id]
+        masked = masks and prompt.joint == "" and MASK in task.template
+        self._start = masks[0] if masked else len(self._plain)
+
+    def tokens(self, word: str) -> tuple[list[int] | None, list[int]]:
+        """Return the tokens at the place (None: what is around changed too), and all of them."""
+        [whole] = self._prompt.encode([self._prompt.rendered(_PROBE, word)])
+        tail = self._plain[self._start + 1 :]
+        end = len(whole) - len(tail)
+        same = whole[: self._start] == self._plain[: self._start] and whole[end:] == tail
+        return (whole[self._start : end] if same else None), whole
+
+    def single(self, word: str) -> int | None:
+        """Return the one token that a word is there; None: it is several, or unknown."""
+        here, _ = self.tokens(word)
+        known = here is not None and len(here) == 1 and here[0] != self._unknown
+        return here[0] if known and here else None
+
+
+def _instead(at_place: _AtPlace, word: str, task: TaskSection) -> str:
+    """Words that would do, as a part of a sentence: ways to write this one, and common ones."""
+    found: dict[int, str] = {}
+    for other in (word.lower(), word.capitalize(), word.upper(), *COMMON):
+        token = at_place.single(other)
+        if token is not None and other not in task.label_words:
+            found.setdefault(token, other)
+    listed = ", ".join(list(found.values())[:SUGGESTED])
+    return f" (one token each: {listed})" if listed else ""
