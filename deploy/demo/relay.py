@@ -37,7 +37,10 @@ class Relay:
             return
         up = asyncio.create_task(self._pump(reader, there_writer, "sent"))
         down = asyncio.create_task(self._pump(there_reader, writer, "received"))
-        await asyncio.wait({up, down})
+        try:
+            await asyncio.wait({up, down})
+        except asyncio.CancelledError:
+            return  # the loop ends, connections and all: asyncio's streams would log it as a fault
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, counter: str
