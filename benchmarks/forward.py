@@ -160,6 +160,7 @@ def caching(data: Examples) -> dict[str, Any]:
         base = base_of("last:2")
         forward = Forward(limits=places.get(name, Limits(0, 0)))
         bench = ModelBench(base, config, data, random.Random(0), forward=forward)
+        assert isinstance(bench._task, Task)
         kept[name] = bench._task
         if name == "each_pass":
             bench._task._boundary.depth = 0

@@ -134,15 +134,18 @@ def enrolled(folder: Path, names: list[str]) -> dict[str, Credentials]:
 
 def served(folder: Path, *flags: str) -> Coordinator:
     """Start a coordinator of the run."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, "serve", str(folder / "run.toml"), "--json", *flags],
-        stdout=subprocess.PIPE,
-        stderr=(folder / "log").open("w"),
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    with (folder / "log").open("a") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, "serve", str(folder / "run.toml"), "--json", *flags],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
     assert process.stdout is not None
-    return Coordinator(process, json.loads(process.stdout.readline())["address"])
+    said = process.stdout.readline()
+    assert said, f"the coordinator did not start: {(folder / 'log').read_text()[-2000:]}"
+    return Coordinator(process, json.loads(said)["address"])
 
 
 class Worker:

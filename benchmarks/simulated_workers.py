@@ -36,6 +36,8 @@ class Seen:
     last_sent: dict[int, float] = field(default_factory=dict)
     commits: dict[int, list[float]] = field(default_factory=dict)
     entries: int = 0
+    refused: list[str] = field(default_factory=list)
+    """Why workers were sent away for good."""
 
     @property
     def committed(self) -> int:
@@ -58,6 +60,8 @@ class Federation:
     def __init__(self, config: RunConfig, identity: Identity, connect: Connect) -> None:
         """`connect` opens a channel of its own for each."""
         self.seen = Seen()
+        self.longest_measurement_s = 0.0
+        """Each answer takes a uniform random time up to this long; 0: none."""
         self._config, self._connect = config, connect
         self._origin: Position = ledger.origin(config, identity)
         self._manifest_digest = identity.manifest.digest()
@@ -100,8 +104,8 @@ class Federation:
             try:
                 if await self._take_part(name, channel):
                     wait = BACKOFF_FIRST_S
-            except grpc.aio.AioRpcError:
-                pass
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                pass  # the latter: it ended while an answer was on its way out
             finally:
                 await channel.close()
             await asyncio.sleep(float(self._rng.uniform(0, wait)))
@@ -126,8 +130,14 @@ class Federation:
                         self._follow(applied, part.entry)
                         applied += 1
                     elif kind == "round_start":
+                        if self.longest_measurement_s:
+                            await asyncio.sleep(
+                                float(self._rng.uniform(0, self.longest_measurement_s))
+                            )
                         await stream.write(self._answer(part.round_start.round_index))
                     elif kind == "refusal":
+                        if not part.refusal.retry:
+                            self.seen.refused.append(part.refusal.reason)
                         return welcome
         finally:
             self.joined -= welcome
