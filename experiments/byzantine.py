@@ -15,7 +15,7 @@ there is an auditor it is the tenth worker, with a tenth of the sentences at ran
 import argparse
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -204,10 +204,10 @@ class Lab:
 
 
 def _together(
-    replica: quick.Lazy, head: Head, parts: Sequence[Features], batches: Sequence[Batches]
+    replica: quick.Lazy, head: Head, parts: Sequence[Features], batches: Mapping[int, Batches]
 ) -> list[tuple[Loss, Batches]]:
     """Return each worker's loss of a round; the first one's call computes all, in one pass."""
-    drawn = [draw() for draw in batches]
+    drawn = [draw() for draw in batches.values()]
     ready = [part.at(indices) for part, indices in zip(parts, drawn, strict=True)]
     joined = Features(torch.cat([r.hidden for r in ready]), torch.cat([r.labels for r in ready]))
     waiting: list[list[torch.Tensor]] = [[] for _ in ready]

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,9 +45,15 @@ class Store:
         self.path = RESULTS / f"{name}.json"
         self._about = about
 
-    def fill(self, cell: Cell, settings: dict[str, Any], run: Run) -> list[Point]:
-        """Return the points of a cell, from the file or by running it now."""
-        if (known := self.points(cell)) is not None:
+    def fill(
+        self, cell: Cell, settings: dict[str, Any], run: Run, *, exact: bool = False
+    ) -> list[Point]:
+        """Return the points of a cell, from the file or by running it now.
+
+        With `exact` one that was run with other settings is run again.
+        """
+        asked = settings if exact else None
+        if (known := self.points(cell, asked)) is not None:
             return known
         torch.set_num_threads(1)
         numba.set_num_threads(1)
@@ -65,11 +72,11 @@ class Store:
             content = self.read()
             content["cells"].append(row)
             self._write(content)
-        return self.points(cell) or []
+        return self.points(cell, asked) or []
 
-    def points(self, cell: Cell) -> list[Point] | None:
-        """Return the points of a cell that was run."""
-        wanted = asdict(cell)
+    def points(self, cell: Cell, settings: dict[str, Any] | None = None) -> list[Point] | None:
+        """Return the points of a cell that was run: with these settings, or the last with any."""
+        wanted = asdict(cell) if settings is None else {**asdict(cell), "settings": settings}
         for row in self.read()["cells"]:
             if wanted.items() <= row.items():
                 return [_point(values, row["scored_examples"]) for values in row["points"]]
@@ -77,10 +84,11 @@ class Store:
 
     def read(self) -> dict[str, Any]:
         """Return the whole file."""
-        cells = []
+        cells: tuple[dict[str, Any], ...] = ()
         if self.path.exists():
-            cells = json.loads(self.path.read_text(encoding="utf-8"))["cells"]
-        return {"about": self._about, "columns": COLUMNS, "cells": cells}
+            now = self.path.stat()
+            cells = _cells(self.path, (now.st_ino, now.st_mtime_ns, now.st_size))
+        return {"about": self._about, "columns": COLUMNS, "cells": list(cells)}
 
     def write_text(self, text: str) -> None:
         """Write NAME.md beside the results."""
@@ -106,6 +114,12 @@ class Store:
         partial = self.path.with_suffix(".partial")
         partial.write_text(f'{head},\n "cells": [\n{rows}\n]\n}}\n', encoding="utf-8")
         partial.replace(self.path)
+
+
+@lru_cache(maxsize=32)
+def _cells(path: Path, version: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+    """The rows of a results file, which a page of results looks up one by one."""
+    return tuple(json.loads(path.read_text(encoding="utf-8"))["cells"])
 
 
 COLUMNS = ("round", "forwards", "bytes_up", "bytes_down", "accuracy", "loss", "wall_s")
@@ -134,3 +148,31 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
 def best(losses: dict[float, float]) -> float:
     """Return the learning rate with the lowest finite loss."""
     return min(losses, key=lambda rate: losses[rate] if math.isfinite(losses[rate]) else math.inf)
+
+
+def first_at(curves: Sequence[Sequence[Point]], accuracy: float) -> Point | None:
+    """Return the first scored point at which the mean accuracy is at least this; None: nowhere."""
+    for place, point in enumerate(curves[0]):
+        mean = statistics.fmean(curve[place].score.accuracy for curve in curves)
+        if point.committed and mean >= accuracy:
+            return point
+    return None
+
+
+def show(found: tuple[float, float]) -> str:
+    """Return mean and standard error as pages have them."""
+    return f"{found[0]:.3f} ± {found[1]:.3f}".replace("0.", ".")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return a results file; empty where it is not there."""
+    if not path.exists():
+        return {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def link(name: str) -> str:
+    """Return a link to a page of results."""
+    suffix = "md" if (RESULTS / f"{name}.md").exists() else "json"
+    return f"[{name}](../experiments/results/{name}.{suffix})"

@@ -136,13 +136,14 @@ HEAD: Final = [
 ]
 
 
-def _reported(row: Setting) -> list[dict[str, Any]]:
+def reported(row: Setting) -> list[dict[str, Any]]:
+    """Return the row's cells on test data."""
     wanted = {"method": row.method, "task": row.task, "purpose": "report"}
     return [cell for cell in STORE.read()["cells"] if wanted.items() <= cell.items()]
 
 
 def _line(row: Setting) -> list[str]:
-    found = _reported(row)
+    found = reported(row)
     if not found:
         return []
     last = [cell["points"][-1] for cell in found]
@@ -157,7 +158,7 @@ def _line(row: Setting) -> list[str]:
 
 
 def _sweep(preset: str) -> list[plots.Curve]:
-    found = [(row, _reported(row)) for row in rows() if (row.part, row.preset) == ("K", preset)]
+    found = [(row, reported(row)) for row in rows() if (row.part, row.preset) == ("K", preset)]
     found = [(row, done) for row, done in found if done]
     if not found:
         return []

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.feature_heads import Labelled, scored_by
+from experiments.head_inputs import Labelled, scored_by
 from lorand_worker.tasks import Score
 
 NO_CLIP = 1e9

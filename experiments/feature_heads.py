@@ -1,7 +1,7 @@
 """A trained linear head on a frozen model: its inputs are computed once, and passes are products.
 
-The head is `PooledClassifier.head`, its inputs what that module hands to it; nothing else of the
-model runs in a round. tests/unit/test_private_runs.py compares with the library's own estimators.
+Nothing of the model but the head runs in a round. tests/unit/test_private_runs.py compares with
+the library's own estimators.
 """
 
 from collections.abc import Sequence
@@ -10,55 +10,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from experiments.head_inputs import Labelled, head_of, inputs, scored_by
 from experiments.private_runs import Bench
 from lorand.codec import Floats
 from lorand.config import RunConfig
 from lorand.directions import Indices
 from lorand.replica import CopyReplica
 from lorand_worker.data import Examples
-from lorand_worker.heads import PooledClassifier
 from lorand_worker.model import LoadedModel
 from lorand_worker.tasks import Score
-
-TRAINABLE = "name:^head"
-TOGETHER = 64
-
-Labelled = tuple[torch.Tensor, torch.Tensor]
-"""Inputs of the head, shape (examples, width), and labels, shape (examples,)."""
-
-_known: dict[tuple[str, int, float], dict[str, torch.Tensor]] = {}
-
-
-def inputs(loaded: LoadedModel, examples: Examples, config: RunConfig) -> Labelled:
-    """Return what the head sees of each example, in float32; kept by text for later runs."""
-    section = config.model
-    known = _known.setdefault((section.name, section.max_length, section.feature_scale), {})
-    missing = sorted(set(examples.texts) - known.keys(), key=len)
-    for start in range(0, len(missing), TOGETHER):
-        part = missing[start : start + TOGETHER]
-        known.update(zip(part, _seen(loaded, part, section.max_length), strict=True))
-    return torch.stack([known[text] for text in examples.texts]), torch.tensor(examples.labels)
-
-
-@torch.no_grad()
-def _seen(loaded: LoadedModel, texts: Sequence[str], max_length: int) -> torch.Tensor:
-    """Return the inputs of the head in a pass over these texts, shape (texts, width)."""
-    encoded = loaded.tokenizer(
-        list(texts), truncation=True, max_length=max_length, padding=True, return_tensors="pt"
-    )
-    seen: list[torch.Tensor] = []
-    hook = head_of(loaded).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    try:
-        loaded.module(encoded["input_ids"], encoded["attention_mask"])
-    finally:
-        hook.remove()
-    return seen[0]
-
-
-def head_of(loaded: LoadedModel) -> nn.Linear:
-    """Return the head of a model with a pooled one."""
-    assert isinstance(loaded.module, PooledClassifier)
-    return loaded.module.head
 
 
 class Directions:
@@ -111,8 +71,8 @@ def bench(
     scored: Examples,
 ) -> Bench:
     """Return the bench of a run that trains the head alone."""
-    parts = [inputs(loaded, shard, config) for shard in shards]
-    x, labels = inputs(loaded, scored, config)
+    parts = [inputs(loaded, shard, config.model) for shard in shards]
+    x, labels = inputs(loaded, scored, config.model)
     head = head_of(loaded)
 
     @torch.no_grad()
@@ -133,11 +93,3 @@ def bench(
         return values
 
     return Bench(vectors, score)
-
-
-@torch.no_grad()
-def scored_by(head: nn.Module, part: Labelled) -> Score:
-    """Return accuracy and mean loss of a head."""
-    logits = head(part[0])
-    correct = (logits.argmax(dim=1) == part[1]).float().mean()
-    return Score(float(correct), float(functional.cross_entropy(logits, part[1])), len(part[1]))

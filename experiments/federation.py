@@ -8,15 +8,16 @@ simulated is the network; `tests/end_to_end` runs the same parts over real gRPC.
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from torch import nn
 
-from experiments import packing
+from experiments import head_inputs, packing
 from experiments import quick as short_cut
 from lorand import codec, ledger
 from lorand.codec import Floats
@@ -30,9 +31,10 @@ from lorand.subspaces.elections import Elections
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import optimizer
 from lorand_coordinator.aggregation import Report
+from lorand_coordinator.rounds import sample
 from lorand_worker import local_steps, model, stepping
 from lorand_worker.bench import replica_of
-from lorand_worker.data import Examples, Sampler
+from lorand_worker.data import Data, Examples, Pairs, Sampler
 from lorand_worker.estimators import Batches, Loss, Order
 from lorand_worker.participant import encode
 from lorand_worker.tasks import Forward, Score, Task, build
@@ -40,6 +42,7 @@ from lorand_worker.votes import vote
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("LORAND_DATA", ROOT.parent / "shared" / "data"))
+Columns = TypeVar("Columns", Examples, Pairs)
 
 
 def minilm() -> Path:
@@ -54,6 +57,7 @@ class Point:
     """Score after a number of committed rounds, and what one worker spent until then.
 
     `forwards` counts forward passes, a backward pass as two; bytes are codes, without framing.
+    Where rounds ask some of the workers, it is what a worker spends in the mean; all follow.
     """
 
     committed: int
@@ -66,8 +70,8 @@ class Point:
 
 def run(
     config: RunConfig,
-    shards: Sequence[Examples],
-    test: Examples,
+    shards: Sequence[Data],
+    test: Data,
     *,
     seed: int,
     evaluate_at: Sequence[int],
@@ -82,7 +86,8 @@ def run(
 
     `quick` measures losses by `experiments.quick`, in a fraction of the time. The seed also moves
     the draws of directions; with `draws_of_seed` nothing else does, so that two settings are
-    compared on the same ones. `theirs` holds the direction scales of a calibrated run.
+    compared on the same ones. `theirs` holds the direction scales of a calibrated run, `source` is
+    the model's folder, by default MiniLM's. `rounds.participants` workers are asked in a round.
     """
     kind = config.task.kind
     loaded = model.load(config.model, len(config.task.labels), source or minilm(), kind=kind)
@@ -104,15 +109,20 @@ def run(
     return points
 
 
+Asked = Mapping[int, Batches]
+"""The workers that a round asks, and what draws the batches of each."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """How losses are measured: the replica, a round's loss functions by worker, and the score.
 
-    `losses` are given what draws each worker's batches, and return it with the loss.
+    `losses` are given what draws the batches of each worker that is asked, and return it with the
+    loss.
     """
 
     replica: WholeReplica
-    losses: Callable[[Sequence[Batches]], Sequence[tuple[Loss, Batches]]]
+    losses: Callable[[Asked], Sequence[tuple[Loss, Batches]]]
     score: Callable[[], Score]
 
 
@@ -129,7 +139,7 @@ class Federation:
         identity: Identity,
         bench: Bench,
         module: nn.Module,
-        shards: Sequence[Examples],
+        shards: Sequence[Data],
         seed: int,
         draws: Draws,
         tamper: Tamper = lambda reports, scale_exponent: reports,
@@ -145,19 +155,23 @@ class Federation:
         ]
         self._draws = draws
         self._state = optimizer.start(config)
+        self._key = sampling_key(seed)
         self._rounding = np.random.default_rng(seed)
         self._elections = Elections()
         self._forget()
 
     def round(self, round_index: int) -> None:
-        """Have all workers measure, commit, and follow."""
+        """Have the round's participants measure, commit, and have all follow."""
         config, replica = self._config, self._bench.replica
         reports = {}
         manifest = self._identity.manifest
         due, votes = self._elections.due(config, manifest, round_index), []
         size = self._state.pace.batch_size
-        losses = self._bench.losses([partial(sampler.batch, size) for sampler in self._samplers])
-        for worker, (loss, batches) in enumerate(losses):
+        asked = sample(
+            self._key, config.rounds.participants, round_index, range(len(self._samplers))
+        )
+        drawing = {worker: partial(self._samplers[worker].batch, size) for worker in sorted(asked)}
+        for worker, (loss, batches) in zip(drawing, self._bench.losses(drawing), strict=True):
             indices = self._draws.of(round_index, worker, self._state.pace.directions)
             order = Order(indices, self._draws.importance(indices), round_index)
             measured = self._work.do(loss, batches, order, self._sizes[worker])
@@ -198,21 +212,21 @@ def _bench(
     config: RunConfig,
     loaded: model.LoadedModel,
     identity: Identity,
-    shards: Sequence[Examples],
-    test: Examples,
+    shards: Sequence[Data],
+    test: Data,
     forward: Forward | None,
 ) -> Bench:
     pool = ledger.pool_of(config, identity, 0)
     replica = replica_of(config, loaded.module, identity.manifest, pool)
     trainable = {spec.name for spec in identity.manifest.tensors}
 
-    def task(examples: Examples) -> Task:
+    def task(examples: Data) -> Task:
         return build(loaded, config, examples, trainable=trainable, forward=forward)
 
     tasks = [task(shard) for shard in shards]
 
-    def losses(batches: Sequence[Batches]) -> Sequence[tuple[Loss, Batches]]:
-        return [(part.loss, draw) for part, draw in zip(tasks, batches, strict=True)]
+    def losses(asked: Asked) -> Sequence[tuple[Loss, Batches]]:
+        return [(tasks[worker].loss, draw) for worker, draw in asked.items()]
 
     return Bench(replica, losses, task(test).score)
 
@@ -221,40 +235,78 @@ def _short_bench(
     config: RunConfig,
     loaded: model.LoadedModel,
     identity: Identity,
-    shards: Sequence[Examples],
-    test: Examples,
+    shards: Sequence[Data],
+    test: Data,
     forward: Forward | None,
 ) -> Bench:
     assert config.estimator.kind != "forward", "the short cut's attention has no forward mode"
     assert forward is None, "the short cut has its own precision"
+    every = [part for part in (*shards, test) if isinstance(part, Examples)]
+    assert len(every) == len(shards) + 1, "the short cut is a classifier's"
+    if config.model.trainable == head_inputs.ALONE:
+        return _head_bench(config, loaded, identity, every)
     replica = short_cut.replica_of(config, loaded.module, identity)
-    kept = [packing.texts(loaded, part, config.model) for part in (*shards, test)]
+    kept = [packing.texts(loaded, part, config.model) for part in every]
     layers = int(config.model.trainable.removeprefix("last:"))
     upper = short_cut.Upper(loaded.module, layers, replica.write)
     by_losses = config.estimator.kind != "backprop"
     same_weights = by_losses and config.directions.mode == "shared" and not config.local.taken
 
-    def losses(batches: Sequence[Batches]) -> Sequence[tuple[Loss, Batches]]:
+    def losses(asked: Asked) -> Sequence[tuple[Loss, Batches]]:
         if same_weights:
-            return short_cut.together(upper, kept[:-1], batches)
-        return [(short_cut.alone(upper, p), d) for p, d in zip(kept[:-1], batches, strict=True)]
+            parts = [kept[worker] for worker in asked]
+            return short_cut.together(upper, parts, list(asked.values()))
+        return [(short_cut.alone(upper, kept[worker]), draw) for worker, draw in asked.items()]
 
     return Bench(replica, losses, lambda: short_cut.score(upper, kept[-1]))
 
 
+def _head_bench(
+    config: RunConfig,
+    loaded: model.LoadedModel,
+    identity: Identity,
+    every: Sequence[Examples],
+) -> Bench:
+    """Return what measures the head alone; the last of `every` are scored."""
+    pool = ledger.pool_of(config, identity, 0)
+    replica = replica_of(config, loaded.module, identity.manifest, pool)
+    *parts, scored = (head_inputs.inputs(loaded, part, config.model) for part in every)
+    head = head_inputs.head_of(loaded)
+
+    def losses(asked: Asked) -> Sequence[tuple[Loss, Batches]]:
+        return [(head_inputs.loss_of(head, parts[w]), draw) for w, draw in asked.items()]
+
+    def score() -> Score:
+        replica.settle()
+        return head_inputs.scored_by(head, scored)
+
+    return Bench(replica, losses, score)
+
+
 def _point(
-    config: RunConfig, shards: Sequence[Examples], committed: int, score: Score, wall: float
+    config: RunConfig, shards: Sequence[Data], committed: int, score: Score, wall: float
 ) -> Point:
-    size = payload(config, len(shards))
+    share = share_asked(config.rounds.participants, len(shards))
+    size = payload(config, config.rounds.participants or len(shards))
     passes = max(forwards_a_round(config, len(shard)) for shard in shards)
     return Point(
         committed,
         score,
-        committed * passes,
-        committed * size["bytes_up_a_worker_round"],
+        round(committed * share * passes),
+        round(committed * share * size["bytes_up_a_worker_round"]),
         committed * size["bytes_down_a_worker_round"],
         round(wall, 2),
     )
+
+
+def sampling_key(seed: int) -> bytes:
+    """Return what rounds of an experiment draw their participants by: peers ask the same ones."""
+    return seed.to_bytes(4, "little")
+
+
+def share_asked(participants: int, workers: int) -> float:
+    """Return the share of a run's rounds in which a worker takes part, in the mean."""
+    return participants / workers if participants else 1.0
 
 
 def forwards_a_round(config: RunConfig, examples: int = 1) -> int:
@@ -280,15 +332,19 @@ def payload(config: RunConfig, workers: int) -> dict[str, int]:
     }
 
 
-def shuffled_split(examples: Examples, share: float = 0.1) -> tuple[Examples, Examples]:
+def cut(count: int, share: float = 0.1) -> tuple[list[int], list[int]]:
+    """Return places to train on, and the last tenth after the shuffle of every published figure."""
+    order = np.random.default_rng(0).permutation(count).tolist()
+    at = count - round(share * count)
+    return order[:at], order[at:]
+
+
+def shuffled_split(examples: Columns, share: float = 0.1) -> tuple[Columns, Columns]:
     """Split off the last tenth after the shuffle that every published figure uses."""
-    order = np.random.default_rng(0).permutation(len(examples)).tolist()
-    cut = len(order) - round(share * len(order))
-    return subset(examples, order[:cut]), subset(examples, order[cut:])
+    kept, out = cut(len(examples), share)
+    return subset(examples, kept), subset(examples, out)
 
 
-def subset(examples: Examples, indices: Sequence[int]) -> Examples:
+def subset(examples: Columns, indices: Sequence[int]) -> Columns:
     """Return the examples at these indices."""
-    return Examples(
-        tuple(examples.texts[i] for i in indices), tuple(examples.labels[i] for i in indices)
-    )
+    return examples.only(indices)

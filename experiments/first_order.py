@@ -195,7 +195,7 @@ def reported(name: str, row: str) -> list[list[Point]]:
     return [curve for curve in found if curve]
 
 
-def peak(curves: list[list[Point]]) -> int:
+def peak(curves: Sequence[Sequence[Point]]) -> int:
     """Return the place of the round with the best mean accuracy."""
     means = [fmean(p.score.accuracy for p in at) for at in zip(*curves, strict=True)]
     return means.index(max(means))

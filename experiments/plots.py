@@ -13,6 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = "osD^vPX*<>"
 LEGEND_COLUMNS = 4
+LETTER, SAMPLE = 0.075, 0.8
+"""Inches of a legend's letter, and of the line before it."""
 WIDE = 300.0
 """A ratio of the largest to the smallest x from which on only powers of ten are labelled."""
 COLOURS = ("#000000", "#1b6f6a", "#a4508b", "#c47f17", "#4a6fb5", "#7f7f7f")
@@ -39,15 +41,22 @@ class Panel:
     level: float | None = None
 
 
-def draw(path: Path, rows: Sequence[Sequence[Panel]], height: float = 3.0) -> None:
-    """Write a PNG with a panel a place; one legend for all of them."""
+def draw(
+    path: Path,
+    rows: Sequence[Sequence[Panel]],
+    height: float = 3.0,
+    legend_columns: int = LEGEND_COLUMNS,
+) -> None:
+    """Write a PNG with a panel a place; one legend for all of them. Rows may be short."""
     mpl.rcParams["font.size"] = 9
     columns = max(len(row) for row in rows)
     figure = Figure(figsize=(4.4 * columns, height * len(rows) + 0.6), layout="constrained")
     places = figure.subplots(len(rows), columns, squeeze=False)
     labels: dict[str, int] = {}
     for row, axes_row in zip(rows, places, strict=True):
-        for panel, axes in zip(row, axes_row, strict=True):
+        for axes in axes_row[len(row) :]:
+            axes.set_visible(False)
+        for panel, axes in zip(row, axes_row, strict=False):
             for curve in panel.curves:
                 labels.setdefault(curve.label, len(labels))
             _panel(axes, panel, labels)
@@ -56,11 +65,12 @@ def draw(path: Path, rows: Sequence[Sequence[Panel]], height: float = 3.0) -> No
         for axes in places.flat
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
+    widest = SAMPLE + LETTER * max(map(len, handles), default=0)
     figure.legend(
         handles.values(),
         handles,
         loc="outside lower center",
-        ncols=min(LEGEND_COLUMNS, len(handles)),
+        ncols=max(1, min(legend_columns, len(handles), int(figure.get_figwidth() / widest))),
         frameon=False,
         handlelength=4,
     )

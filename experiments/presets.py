@@ -129,7 +129,7 @@ def write() -> None:
     """Write presets.md and a plot a task."""
     lines = ["# presets", "", *__doc__.split("\n\n")[:2], ""]
     for task in tasks.LABELS:
-        curves = {name: _reported(name, task) for name in ROWS}
+        curves = {name: reported(name, task) for name in ROWS}
         curves = {name: seeds for name, seeds in curves.items() if seeds}
         if not curves:
             continue
@@ -140,7 +140,8 @@ def write() -> None:
     STORE.write_text("\n".join([*lines, "", STORE.origin()]))
 
 
-def _reported(name: str, task: str) -> list[list[Point]]:
+def reported(name: str, task: str) -> list[list[Point]]:
+    """Return the curves of the seeds that the results hold, at the rate that tuning chose."""
     rate = chosen(name, task)
     if rate is None:
         return []
@@ -180,7 +181,7 @@ def _orderings() -> list[str]:
         found = []
         for task in tasks.LABELS:
             pair = [
-                [points[-1].score.loss for points in _reported(name, task)] for name in (one, other)
+                [points[-1].score.loss for points in reported(name, task)] for name in (one, other)
             ]
             if not all(pair):
                 found.append("not run")

@@ -25,8 +25,8 @@ import torch
 
 from experiments import dp_sgd, feature_heads, federation, private_runs, settings, tasks
 from experiments.cells import COLUMNS, Cell, Store, mean_and_error
-from experiments.feature_heads import TRAINABLE, Labelled
 from experiments.federation import Point
+from experiments.head_inputs import ALONE, Labelled, inputs
 from experiments.private_runs import Noise
 from lorand.config import ModelSection, RunConfig
 from lorand_worker import model
@@ -135,7 +135,7 @@ def config_of(name: str, row: Row, privacy: Privacy, choice: Choice, examples: i
     return RunConfig.model_validate(
         {
             "run": {"name": "privacy-utility", "rounds": row.rounds},
-            "model": {"name": "all-MiniLM-L6-v2", "trainable": TRAINABLE},
+            "model": {"name": "all-MiniLM-L6-v2", "trainable": ALONE},
             "task": {"labels": tasks.LABELS[name]},
             "directions": {
                 "pool_size": row.numbers if row.kind == "backprop" else 1024,
@@ -210,12 +210,12 @@ def _by_opacus(task: tasks.Task, chosen: dp_sgd.Settings, privacy: Privacy, seed
 
 def _inputs(examples: Examples) -> Labelled:
     config = config_of("subj", ROWS[SKETCH], PRIVACY[0], Choice(0, 1), 1000)
-    return feature_heads.inputs(_loaded(), examples, config)
+    return inputs(_loaded(), examples, config.model)
 
 
 @cache
 def _loaded() -> model.LoadedModel:
-    section = ModelSection(name="all-MiniLM-L6-v2", trainable=TRAINABLE)
+    section = ModelSection(name="all-MiniLM-L6-v2", trainable=ALONE)
     return model.load(section, 2, federation.minilm())
 
 
