@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
 
@@ -36,7 +37,9 @@ ENVIRONMENT: Final = {
     # One thread a process: the models are tiny, and the machine is shared.
     **{"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     **{"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "COLUMNS": "200"},
-    "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "common", "server", "client")),
+    "PYTHONPATH": os.pathsep.join(
+        str(ROOT / part) for part in ("", "common", "server", "client", "api")
+    ),
 }
 
 
@@ -73,10 +76,11 @@ class Command:
         limit = time.monotonic() + limit_s
         while self._read(limit - time.monotonic()):
             pass
-        try:
-            self.code = self._wait(max(0.1, limit - time.monotonic()))
-        except TimeoutError:
-            raise AssertionError(f"still running after {limit_s} s: {self.errors()}") from None
+        if self.code is None:
+            try:
+                self.code = self._wait(max(0.1, limit - time.monotonic()))
+            except TimeoutError:
+                raise AssertionError(f"still running after {limit_s} s: {self.errors()}") from None
         return self.code, self._rest.decode()
 
     def result(self, limit_s: float = LIMIT_S) -> dict[str, Any]:
@@ -97,7 +101,8 @@ class Command:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, if it still runs."""
         if self.running():
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it has ended since
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """End it with SIGKILL, and wait."""
@@ -122,7 +127,13 @@ class Starter(Protocol):
         """Start it."""
 
 
-def start(folder: Path, log: Path, program: str, *arguments: object) -> Command:
+def start(
+    folder: Path,
+    log: Path,
+    program: str,
+    *arguments: object,
+    environment: dict[str, str] = ENVIRONMENT,
+) -> Command:
     """Start a console command of this project; a name that ends in .py is run by this Python."""
     command = [sys.executable, program] if program.endswith(".py") else [str(BIN / program)]
     output, theirs = os.pipe()
@@ -132,7 +143,7 @@ def start(folder: Path, log: Path, program: str, *arguments: object) -> Command:
             stdout=theirs,
             stderr=errors,
             cwd=folder,
-            env=ENVIRONMENT,
+            env=environment,
         )
     os.close(theirs)
 
@@ -146,7 +157,10 @@ def start(folder: Path, log: Path, program: str, *arguments: object) -> Command:
 
 
 class Nursery:
-    """Starts `lr-worker` processes as forks of one that has imported everything (nursery.py)."""
+    """Starts commands as forks of a process that has imported everything (nursery.py).
+
+    Called, it forks workers alone: a coordinator starts soon, and should start without torch.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Start it; the first fork waits until it has imported."""
@@ -164,11 +178,26 @@ class Nursery:
 
     def __call__(self, folder: Path, log: Path, program: str, *arguments: object) -> Command:
         """Start a worker's command; any other is started as `start` does."""
-        if program != "lr-worker":
-            return start(folder, log, program, *arguments)
+        starter = self.fork if program == "lr-worker" else start
+        return starter(folder, log, program, *arguments)
+
+    def fork(
+        self,
+        folder: Path,
+        log: Path,
+        program: str,
+        *arguments: object,
+        journal: Path | None = None,
+    ) -> Command:
+        """Start any command; a worker's journal is appended to (tests/journal.py)."""
         output, their_output = os.pipe()
         status, their_status = os.pipe()
-        request = {"arguments": [*map(str, arguments)], "folder": str(folder)}
+        request = {
+            "program": program,
+            "arguments": [*map(str, arguments)],
+            "folder": str(folder),
+            "journal": str(journal or ""),
+        }
         with log.open("wb") as errors:
             descriptors = [their_output, errors.fileno(), their_status]
             socket.send_fds(self._socket, [json.dumps(request).encode()], descriptors)
@@ -272,6 +301,14 @@ class Room:
             *("--state", str(self.state)),
         )
 
+    def enrol(self, name: str, role: str = "worker") -> Path:
+        """Invite and enrol a member by the commands of docs/operations.md; return the file."""
+        line = self.once("lr-coordinator", "invite", name, "--role", role)["invitation"]
+        path = self.folder / f"{name}.pem"
+        made = self.once("lr-worker", "enrol", line, "--credentials", path)
+        assert (made["name"], made["role"], made["credentials"]) == (name, role, str(path))
+        return path
+
     def export(self, location: Location | None = None) -> Path:
         """Export the ledger, checked, in this process; return the file."""
         verification.verify(location or self.ledger)
@@ -322,7 +359,15 @@ def wait_for(what: Callable[[], bool], why: str, limit_s: float = LIMIT_S) -> No
 
 
 def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port that is free, as is the one after it, where members enrol.
+
+    Not one that the system gives to outgoing connections: while a coordinator is down, somebody
+    else's would take its place.
+    """
+    source = random.SystemRandom()
+    while True:
+        port = source.randrange(20000, 32000, 2)
+        with suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", port))
+            other.bind(("127.0.0.1", port + 1))
+            return port

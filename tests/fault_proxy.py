@@ -126,8 +126,8 @@ class FaultProxy:
             self._writers |= ends
             pipes = (self._pipe(reader, there[1], "up"), self._pipe(there[0], writer, "down"))
             await asyncio.gather(*pipes)
-        except OSError:
-            return  # one end is gone, or the target does not listen: as any network would
+        except (OSError, asyncio.CancelledError):
+            return  # one end is gone, or the target does not listen: as any network would; or stop
         finally:
             self._writers -= ends
             for end in ends:
@@ -154,8 +154,9 @@ class FaultProxy:
         count = len(self._writers)
         for writer in list(self._writers):
             end = writer.get_extra_info("socket")
-            # Without lingering, closing sends RST instead of FIN.
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with suppress(OSError):  # closed by now
+                # Without lingering, closing sends RST instead of FIN.
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
         self._writers.clear()
         self.resets += count

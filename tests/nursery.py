@@ -1,12 +1,13 @@
-"""Forks `lr-worker` processes from one that has imported torch and transformers already.
+"""Forks this project's commands from a process that has imported torch and transformers already.
 
-A real command spends seconds importing; a fork of this process runs the same
-`lorand_worker.cli.main` with the same arguments after milliseconds, in a process of its own that
-can be signalled and killed. Nothing here starts a thread or opens a channel before a fork.
+A real command spends seconds importing; a fork of this process runs the same `cli.main` with the
+same arguments after milliseconds, in a process of its own that can be signalled and killed. Nothing
+here starts a thread or opens a channel before a fork.
 
-Run as a program, it serves one Unix socket (its standard input): a message is {"arguments",
-"folder"} with three file descriptors, for output, errors and the exit status. It answers with the
-process id, and writes the exit status of a process to its descriptor when it has ended.
+Run as a program, it serves one Unix socket (its standard input): a message is {"program",
+"arguments", "folder", "journal"} with three file descriptors, for output, errors and the exit
+status. It answers with the process id, and writes the exit status of a process to its descriptor
+when it has ended. A worker with a journal writes down what it sees (tests/journal.py).
 """
 
 import json
@@ -16,6 +17,8 @@ import signal
 import socket
 import sys
 import traceback
+from pathlib import Path
+from typing import Any
 
 EARLY = {signal.SIGINT, signal.SIGTERM}
 
@@ -47,7 +50,7 @@ def main() -> None:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 os.close(status)
-                _become(request["arguments"], request["folder"], output, errors)
+                _become(request, output, errors)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY)
             os.close(output)
             os.close(errors)
@@ -67,10 +70,12 @@ def _import_all() -> None:
 
     from lorand import adapter
     from lorand.kernels import cpu
+    from lorand_coordinator import cli as coordinator
     from lorand_worker import bench, cli, link, merge, session
 
     loaded = (torch, transformers.AutoTokenizer, transformers.AutoModel, modeling_bert)
     assert all((*loaded, modeling_roberta, adapter, cpu, bench, cli, link, merge, session))
+    assert coordinator
     # What numba and transformers import when they are first used.
     cpu_target.typing_context.refresh()
     cpu_target.target_context.refresh()
@@ -87,19 +92,24 @@ def _reap(children: dict[int, int]) -> None:
         os.close(children.pop(child))
 
 
-def _become(arguments: list[str], folder: str, output: int, errors: int) -> None:
+def _become(request: dict[str, Any], output: int, errors: int) -> None:
     """Be the command, and never return."""
-    from lorand_worker import cli
+    from lorand_coordinator import cli as coordinator
+    from lorand_worker import cli as worker
 
     code = 1
     try:
-        os.chdir(folder)
+        os.chdir(request["folder"])
+        if request["journal"]:
+            from tests import journal
+
+            journal.record(Path(request["journal"]))
         for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (output, 1), (errors, 2)):
             os.dup2(descriptor, target)
             os.close(descriptor)
-        sys.argv = ["lr-worker", *arguments]
+        sys.argv = [request["program"], *request["arguments"]]
         signal.pthread_sigmask(signal.SIG_UNBLOCK, EARLY)
-        cli.main()
+        (worker if request["program"] == "lr-worker" else coordinator).main()
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)

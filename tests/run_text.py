@@ -2,7 +2,10 @@
 
 from typing import Final
 
+import pytest
+
 from lorand.config import RunConfig
+from lorand.errors import ConfigError
 
 MINIMAL: Final = {
     "run": "name = 'sentiment'\nrounds = 40",
@@ -26,3 +29,12 @@ def text_of(**changes: str) -> str:
 
 def config_of(**changes: str) -> RunConfig:
     return RunConfig.parse(text_of(**changes))
+
+
+def assert_refused(sections: dict[str, str], field: str, remedy: str) -> None:
+    """Settings that do not go together are refused for one reason, with a remedy."""
+    with pytest.raises(ConfigError) as caught:
+        config_of(**sections)
+    assert field in str(caught.value)
+    assert remedy in str(caught.value)
+    assert len(str(caught.value).split("\n")) == 2, "one reason"

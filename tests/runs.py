@@ -103,3 +103,10 @@ def numbered(entries: Sequence[pb.Entry]) -> list[bytes]:
         entry.sequence = sequence
         bodies.append(entry.SerializeToString(deterministic=True))
     return bodies
+
+
+def evaluation_of(evaluator: str, committed: int, accuracy: float) -> pb.Evaluation:
+    """An evaluator's result, as the ledger keeps it."""
+    return pb.Evaluation(
+        evaluator=evaluator, committed=committed, accuracy=accuracy, loss=0.5, examples=9
+    )

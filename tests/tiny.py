@@ -65,6 +65,11 @@ def write_data(folder: Path, count: int = 160) -> dict[str, Path]:
 
 Kind = Literal["encoder", "own", "roberta", "masked", "causal"]
 END: Final = "<|end|>"
+CHAT: Final = (
+    "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }}" + END + "\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+"""The chat template of the causal model: an answer is from a space to the mark after it."""
 
 
 def write_model(
@@ -165,6 +170,7 @@ def _write_bytes(folder: Path, more_words: Sequence[str]) -> dict[str, int]:
     words = [*FILLER, *GOOD, *BAD, *more_words, *(w for ws in DOMAINS.values() for w in ws)]
     raw.train_from_iterator([f" {word}" for word in words] * 2, trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=END)
+    tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
     return dict(raw.get_vocab())
 

@@ -44,6 +44,7 @@ def test_a_perturbation_that_rounds_away(make_room: MakeRoom) -> None:
     assert room.once("lr-worker", "prepare", room.run, "--model", room.model)["tensors"] > 0
 
 
+@pytest.mark.slow
 def test_a_batch_larger_than_the_data(make_room: MakeRoom, tmp_path: Path) -> None:
     """Refused by the worker: what it would measure is another estimator than the run's."""
     room = make_room(tiny.settings("spsa", **NOT_LOCKED))

@@ -163,6 +163,7 @@ def test_the_counters_of_a_real_run_agree(make_room: MakeRoom) -> None:
         traffic = session.link.traffic
         requests = [
             wire.GetRunRequest(protocol_version=1),
+            pb.GetCheckpointRequest(present=True),
             pb.GetHeadRequest(size=4),  # at the join: the history that the worker found
             pb.GetHeadRequest(size=answer.entries, known_size=4),  # and at the end
         ]

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from tests.end_to_end.peers import LIMIT_S, served
 from tests.end_to_end.test_bytes import Silent, Stand
 from tests.runs import IDENTITY
 
-from lorand.errors import HandshakeError, LedgerError
+from lorand import ledger
+from lorand.errors import Behind, HandshakeError, LedgerError
 from lorand.heads import KeptHead
 from lorand_coordinator import signing, verification
+from lorand_coordinator.store import SqliteStore
 from lorand_worker.link import Link
 from lorand_worker.session import Session
 
@@ -73,3 +76,40 @@ def test_a_worker_refuses_a_forked_history(make_room: MakeRoom) -> None:
         assert one.participant.counts.measured == 0
     with pytest.raises(LedgerError, match="its owner showed two histories"):
         verification.verify(room.ledger, key, KeptHead.from_json(kept[0].read_bytes()))
+
+
+def older(room: Room, entries: int) -> Path:
+    """Write a ledger that ends where the run's once did."""
+    path = room.folder / "older.ledger"
+    with (
+        closing(SqliteStore(room.ledger, read_only=True)) as now,
+        closing(SqliteStore(path)) as old,
+    ):
+        for sequence, body in enumerate(now.entries()):
+            if sequence < entries:
+                old.append(ledger.parse(body), now.contributions(sequence))
+    return path
+
+
+def test_of_two_coordinators_one_slept(make_room: MakeRoom) -> None:
+    """Its shorter history is no reason to end, and not believed; the other one's is.
+
+    The worker that was started again knows from its file how long the history was, one that was
+    there from its position.
+    """
+    room = make_room(SETTINGS)
+    head = play(room, 10, room.state)
+    key = signing.key_beside(room.ledger)
+    past = ("--ledger", older(room, 4), "--signing-key", key)
+    with served(room, *past) as (_, behind), served(room) as (_, address):
+        one = session(room, f"{behind},{address}", 1, 70, room.state)
+        assert one.run().position.head == head
+        one.link.close()
+        again = session(room, behind, 1, 70, room.state)
+        with pytest.raises(Behind, match="has 4 entries, and it signed 7 for this worker"):
+            again.run()
+        again.link.close()
+        one.link = Link(behind, give_up_s=10.0)
+        one.link.signs = True
+        with closing(one.link), pytest.raises(Behind, match="holds 4 entries, not 7"):
+            one._check_history()

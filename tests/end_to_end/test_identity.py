@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from tests.commands import (
     ROOT,
     Command,
     MakeRoom,
-    Room,
     committed,
     free_port,
     status,
@@ -34,15 +32,6 @@ def run_of(**sections: dict[str, Any]) -> tiny.Settings:
     return tiny.settings("spsa", **{**basis, **sections})
 
 
-def enrolled(room: Room, name: str, role: str = "worker") -> Path:
-    """Invite and enrol a member by the commands of docs/operations.md; return its credentials."""
-    line = room.once("lr-coordinator", "invite", name, "--role", role)["invitation"]
-    path = room.folder / f"{name}.pem"
-    made = room.once("lr-worker", "enrol", line, "--credentials", path)
-    assert (made["name"], made["role"], made["credentials"]) == (name, role, str(path))
-    return path
-
-
 @pytest.mark.slow
 def test_three_members_and_one_is_revoked_in_the_middle(make_room: MakeRoom) -> None:
     """It is away within 5 s and ends; the others finish, and so does an evaluator."""
@@ -53,7 +42,7 @@ def test_three_members_and_one_is_revoked_in_the_middle(make_room: MakeRoom) -> 
         workers: dict[str, Command] = {}
         try:
             for name in NAMES:
-                mine = enrolled(room, name)
+                mine = room.enrol(name)
                 workers[name] = room.join(address, name, "--credentials", mine)
             wait_for(lambda: committed(address, operator) >= 5, "rounds are committed")
             began = time.monotonic()
@@ -94,8 +83,8 @@ def test_members_stay_members_through_a_crash_a_rotation_and_a_renewal(
     port = free_port()
     address = f"127.0.0.1:{port}"
     with room.coordinator(port=port) as (coordinator, _):
-        files = {name: enrolled(room, name) for name in NAMES}
-        evaluator = enrolled(room, "held-out", "evaluator")
+        files = {name: room.enrol(name) for name in NAMES}
+        evaluator = room.enrol("held-out", "evaluator")
         operator = Credentials.read(room.folder / f"{room.config.run.name}.identity/operator.pem")
         workers = {n: room.join(address, n, "--credentials", files[n]) for n in NAMES}
         try:
@@ -139,7 +128,7 @@ def test_commands_that_are_refused_say_what_to_do(make_room: MakeRoom) -> None:
     assert "`lr-coordinator serve` makes it on its first start" in said
     room.insecure = False
     with room.coordinator() as (_, address):
-        mine = enrolled(room, "hotels")
+        mine = room.enrol("hotels")
         arguments = room.join_arguments(address, "hotels")
         for given, status_code, why in (
             ((), 2, "ask the run's operator for an invitation"),

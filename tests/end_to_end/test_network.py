@@ -42,8 +42,9 @@ def settings(**rounds: Any) -> tiny.Settings:
 class Network:
     """A run of three workers, each behind a proxy of its own."""
 
-    def __init__(self, room: Room, address: str, stack: ExitStack) -> None:
+    def __init__(self, room: Room, coordinator: Command, address: str, stack: ExitStack) -> None:
         """Start the workers."""
+        self.coordinator = coordinator
         host, port = address.rsplit(":", 1)
         self.room, self.address = room, address
         self.proxies = {
@@ -84,7 +85,7 @@ class Network:
 def network(make_room: MakeRoom, **rounds: Any) -> Iterator[Network]:
     room = make_room(settings(**rounds)).lock()
     with room.coordinator() as (coordinator, address), ExitStack() as stack:
-        running = Network(room, address, stack)
+        running = Network(room, coordinator, address, stack)
         wait_for(lambda: committed(address) >= 2, "the run begins", LIMIT_S)
         yield running
         running.finish()

@@ -7,12 +7,13 @@ import sys
 import time
 from contextlib import ExitStack
 from functools import partial
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import pytest
 from tests import tiny
-from tests.commands import Command, MakeRoom, Room, Starter, free_port, start, status, wait_for
-from tests.end_to_end.histories import assert_nothing_lost, assert_nothing_twice
+from tests.commands import Command, MakeRoom, Nursery, Room, free_port, start, status, wait_for
+from tests.journal import Compared, Journal, compare, rows_of
 from tests.postgres import Server
 
 from lorand.heads import KeptHead
@@ -24,50 +25,58 @@ COORDINATORS: Final = 3
 SEED: Final = 4
 
 
-def settings(rounds: int) -> tiny.Settings:
+def settings(rounds: int, **service: Any) -> tiny.Settings:
     """A run of three workers, whose rounds wait for nobody for long."""
     return tiny.settings(
         "spsa",
         run={"rounds": rounds},
         estimator={"directions_per_round": 2, "batch_size": 4},
         rounds={"deadline_s": 2.0},
-        service={"checkpoint_every": 7, "tail_entries": 40},
+        service={"checkpoint_every": 7, "tail_entries": 40, **service},
     )
 
 
 class Several:
     """A run with several coordinators and three workers, and what was seen from outside."""
 
-    def __init__(self, room: Room, nursery: Starter, postgres: Server) -> None:
+    def __init__(self, room: Room, nursery: Nursery, postgres: Server) -> None:
         """Start everything."""
         self.room, self.postgres = room, postgres
         self.location = f"{postgres.url}#{room.config.run.name}"
         self.addresses = [f"127.0.0.1:{free_port()}" for _ in range(COORDINATORS)]
-        self.seen: dict[int, str] = {}
+        self.seen = Journal(room.folder / "outside.journal")
+        self.journals = {n: Journal(room.folder / f"{n}.journal") for n in tiny.DOMAINS}
         self.leaders: list[str] = []
-        self._started = 0
+        self._nursery, self._started = nursery, 0
         self._stack = ExitStack()
         self.coordinators = {address: self._serve(address) for address in self.addresses}
-        several = ",".join(self.addresses)
-        self.workers = [
-            self._start(nursery, "lr-worker", *room.flagged(*room.join_arguments(several, name)))
-            for name in tiny.DOMAINS
-        ]
+        self.workers = {name: self._join(name) for name in tiny.DOMAINS}
 
-    def _start(self, starter: Starter, program: str, *arguments: object) -> Command:
+    def _log(self, name: str) -> Path:
         self._started += 1
-        log = self.room.folder / f"{self._started:03}-{program}.log"
-        return self._stack.enter_context(starter(self.room.folder, log, program, *arguments))
+        return self.room.folder / f"{self._started:03}-{name}.log"
 
     def _serve(self, address: str) -> Command:
+        room, program = self.room, "lr-coordinator"
         arguments = ("--ledger", self.postgres.url, "--address", address, "--json")
-        given = self.room.flagged("serve", self.room.run, *arguments)
-        return self._start(start, "lr-coordinator", *given)
+        given = room.flagged("serve", room.run, *arguments)
+        return self._stack.enter_context(start(room.folder, self._log(program), program, *given))
+
+    def _join(self, name: str) -> Command:
+        room, journal = self.room, self.journals[name].path
+        given = room.flagged(*room.join_arguments(",".join(self.addresses), name))
+        fork = partial(self._nursery.fork, room.folder, self._log(name), "lr-worker", *given)
+        return self._stack.enter_context(fork(journal=journal))
 
     def kill(self, address: str) -> None:
         """Kill a coordinator and give the same command again."""
         self.coordinators[address].kill()
         self.coordinators[address] = self._serve(address)
+
+    def kill_worker(self, name: str) -> None:
+        """Kill a worker and give the same command again."""
+        self.workers[name].kill()
+        self.workers[name] = self._join(name)
 
     def look(self) -> int:
         """Return the committed rounds, and keep the head that was shown; -1 without a leader."""
@@ -75,7 +84,7 @@ class Several:
             answer = status(address)
             if answer is not None and answer.phase != "standing by":
                 if answer.entries:
-                    self.seen[answer.entries] = answer.head.hex()
+                    self.seen.saw(answer.entries, answer.head.hex())
                 if self.leaders[-1:] != [address]:
                     self.leaders.append(address)
                 return answer.committed
@@ -91,22 +100,25 @@ class Several:
 
     def check(self) -> None:
         """Assert the invariants after the end of a run; every worker must have finished."""
-        results = [worker.result() for worker in self.workers]
+        results = [worker.result() for worker in self.workers.values()]
         self.look()
         room, rounds = self.room, self.room.config.run.rounds
         exported = room.export(self.location)
         replayed = room.once("lr-worker", "replay", exported, "--model", room.model)
         assert replayed["rounds"] == rounds
         assert {result["weights_digest"] for result in results} == {replayed["weights_digest"]}
-        assert_nothing_lost(self.location, self.seen)
-        assert_nothing_twice(self.location)
+        for journal in self.journals.values():
+            journal.follow()
+        found = compare([self.seen, *self.journals.values()], rows_of(self.location))
+        assert found == Compared(found.acknowledged, lost=0, twice=0, forked=0)
+        assert found.acknowledged >= rounds
         epochs = self.epochs()
         assert epochs == sorted(epochs)
         key = signing.key_at(signing.key_beside(room.ledger)).public
-        found = verification.verify(self.location, key)
-        assert found.signatures == len(epochs), "every entry is signed"
+        verified = verification.verify(self.location, key)
+        assert verified.signatures == len(epochs), "every entry is signed"
         kept = [KeptHead.from_json(path.read_bytes()) for path in room.state.glob("*.head.json")]
-        assert {(one.head, one.signature.key) for one in kept} == {(found.position.history, key)}
+        assert {(one.head, one.signature.key) for one in kept} == {(verified.position.history, key)}
         assert len(kept) == len(tiny.DOMAINS)
 
     def epochs(self) -> list[int]:
@@ -133,14 +145,21 @@ def break_things(several: Several, faults: list[str], source: random.Random) -> 
             pause(several, leader)
 
 
-def pause(several: Several, leader: str) -> None:
-    """Stop the leader until another leads, then let it go on in its belief."""
+def pause(several: Several, leader: str, committed: int = 0) -> None:
+    """Stop the leader until another has led to so many rounds, then let it go on in its belief."""
     stopped = several.coordinators[leader]
     stopped.signal(signal.SIGSTOP)
     others = [address for address in several.addresses if address != leader]
+
+    def leads(address: str) -> bool:
+        answer = status(address)
+        if answer is None or answer.phase == "standing by":
+            return False
+        return answer.committed >= committed
+
     try:
         wait_for(
-            lambda: any((s := status(a)) is not None and s.phase != "standing by" for a in others),
+            lambda: any(leads(address) for address in others),
             "another takes over from a leader that hangs",
             limit_s=60.0,
         )
@@ -149,7 +168,7 @@ def pause(several: Several, leader: str) -> None:
 
 
 def run(
-    make_room: MakeRoom, nursery: Starter, postgres: Server, rounds: int, faults: list[str]
+    make_room: MakeRoom, nursery: Nursery, postgres: Server, rounds: int, faults: list[str]
 ) -> Several:
     """Run to the end under faults; return what was seen, checked."""
     room = make_room(settings(rounds)).lock()
@@ -167,7 +186,7 @@ def run(
 
 
 def test_commands_on_a_run_in_a_database(
-    make_room: MakeRoom, nursery: Starter, postgres: Server
+    make_room: MakeRoom, nursery: Nursery, postgres: Server
 ) -> None:
     """Those of docs/operations.md: status of who stands by, verify, backup of a run in use."""
     room = make_room(settings(60)).lock()
@@ -198,7 +217,7 @@ def test_commands_on_a_run_in_a_database(
 
 
 def test_a_run_outlives_its_leaders_and_its_database(
-    make_room: MakeRoom, nursery: Starter, postgres: Server
+    make_room: MakeRoom, nursery: Nursery, postgres: Server
 ) -> None:
     faults = ["leader", "primary", "any coordinator", "leader", "primary"]
     several = run(make_room, nursery, postgres, 40, faults)
@@ -208,7 +227,7 @@ def test_a_run_outlives_its_leaders_and_its_database(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_twenty_restarts_twenty_kills_and_two_leaders_that_hang(
-    make_room: MakeRoom, nursery: Starter, postgres: Server, capsys: pytest.CaptureFixture[str]
+    make_room: MakeRoom, nursery: Nursery, postgres: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     faults = ["primary"] * 20 + ["leader"] * 12 + ["any coordinator"] * 8 + ["pause"] * 2
     random.Random(SEED).shuffle(faults)
@@ -218,3 +237,35 @@ def test_twenty_restarts_twenty_kills_and_two_leaders_that_hang(
     assert len(set(several.leaders)) == COORDINATORS
     with capsys.disabled():
         sys.stdout.write(f"\n{len(faults)} faults in {duration:.0f} s, {leaders} leaders seen\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(290)
+def test_a_leader_that_sleeps_through_its_lease_writes_nothing_more(
+    make_room: MakeRoom, nursery: Nursery, postgres: Server
+) -> None:
+    """The run goes on under another leader before the first one wakes up, in its belief.
+
+    What it acknowledged before is there in the end. A worker that was started again begins with its
+    address, and is let in by the one that leads.
+    """
+    room = make_room(settings(400, heartbeat_s=0.5, heartbeat_timeout_s=2.0)).lock()
+    several = Several(room, nursery, postgres)
+    try:
+        wait_for(lambda: several.reached(5), "it goes on")
+        first = several.leaders[-1]
+        sleeper = several.coordinators[first]
+        several.addresses = [first, *(a for a in several.addresses if a != first)]
+        acknowledged = len(several.epochs())
+        pause(several, first, several.look() + 5)
+        several.kill_worker("hotels")
+        wait_for(lambda: "took over run" in sleeper.errors(), "it learns that another leads")
+        several.check()
+        epochs = several.epochs()
+        assert set(epochs) == {1, 2}
+        assert epochs.count(1) >= acknowledged
+        assert several.journals["hotels"].lives == 2
+        assert sleeper.running()
+    finally:
+        several.close()
+        postgres.execute("DROP SCHEMA IF EXISTS lorand CASCADE")

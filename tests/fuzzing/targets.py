@@ -20,7 +20,7 @@ from tests.unit.signed_histories import BODIES, CONFIG, KEY, answer, position_of
 from tests.unit.signed_histories import RUN as SIGNED_RUN
 
 from lorand import adapter, codec, heads, ledger
-from lorand.config import RunConfig
+from lorand.config import RunConfig, TaskSection
 from lorand.errors import ContributionError
 from lorand.heads import KeptHead
 from lorand.ledger import Position
@@ -119,6 +119,7 @@ def ledger_targets(folder: Path) -> list[Target]:
         ),
         Target("a kept head", [kept.to_json().encode()], KeptHead.from_json),
         Target("coefficients", [bytes(512)], partial(ledger.unpack_coefficients, size=64)),
+        Target("narrow ones", [bytes(192)], partial(ledger.unpack_coefficients, size=64, width=3)),
         Target("a frontier", [bytes(96)], lambda d: Frontier.of(len(d), [d[:32], d[32:64]])),
     ]
 
@@ -254,7 +255,7 @@ def file_targets(folder: Path) -> list[Target]:
     saved = folder / "adapter"
     adapter.save(adapter.of(position_of(BODIES)), saved)
     weights = (saved / adapter.WEIGHTS_FILE).read_bytes()
-    task = CONFIG.task
+    task, chats = CONFIG.task, TaskSection(kind="causal-lm", format="chat")
     csv = b'text,label\n"a, good one",positive\nbad,negative\n'
     lines = b'{"text": "good", "label": "positive"}\n{"text": "bad", "label": "negative"}\n'
     return [
@@ -284,6 +285,12 @@ def file_targets(folder: Path) -> list[Target]:
             "a JSONL file",
             [lines],
             in_file(folder / "d.jsonl", lambda path: data.load(path, task)),
+            0.5,
+        ),
+        Target(
+            "conversations",
+            [b'{"messages": [{"role": "user", "content": "a"}, {"from": "gpt", "value": "b"}]}\n'],
+            in_file(folder / "m.jsonl", lambda path: data.load(path, chats)),
             0.5,
         ),
     ]

@@ -234,8 +234,7 @@ class Coordinator:
         for sequence, head in world.heads.items():
             assert sequence < len(self.store), f"I1: entry {sequence} was seen and lost"
             assert self.store.digest(sequence) == head, f"I4: entry {sequence} is another"
-        batch_from = 2 if world.seed % 2 else 32
-        self.hub = Hub(sequencer, clock=lambda: world.now, batch_from=batch_from)
+        self.hub = Hub(sequencer, clock=lambda: world.now)
         world.tell(f"coordinator starts with {len(self.store)} entries")
         world.after(TICK_S, partial(self._next_tick, self.hub))
 

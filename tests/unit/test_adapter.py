@@ -1,6 +1,7 @@
 """The kilobyte adapter: what is saved is what is loaded, and damage is noticed (DESIGN §1)."""
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any, Final
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 from tests.runs import IDENTITY, config_of, history
 
 from lorand import adapter, ledger
@@ -59,6 +61,30 @@ def test_it_is_16_kilobytes_at_the_default_pool(tmp_path: Path) -> None:
     coefficients = np.random.default_rng(0).integers(-(2**30), 2**30, 4096, dtype=np.int64)
     size = adapter.save(adapter_of(coefficients), tmp_path)
     assert 4 * 4096 < size < 17_000
+
+
+@pytest.mark.parametrize("size", [1024, 4096])
+@pytest.mark.parametrize("largest", [1, 100, 2**40])
+def test_it_is_smaller_where_nothing_is_lost(size: int, largest: int, tmp_path: Path) -> None:
+    """Few directions moved: zlib of byte planes, which any reader of safetensors shows as bytes."""
+    coefficients = np.zeros(size, np.int64)
+    coefficients[:: size // 16] = np.arange(-8, 8) * largest
+    saved = adapter_of(coefficients)
+    assert adapter.save(saved, tmp_path) < 2 * size
+    tensors = load_file(tmp_path / WEIGHTS_FILE)
+    assert [tensor.dtype for tensor in tensors.values()] == [np.uint8]
+    assert_same(adapter.load(tmp_path), saved)
+
+
+def test_a_file_of_an_older_release_is_read(tmp_path: Path) -> None:
+    saved = adapter_of(np.zeros(64, np.int64))
+    adapter.save(saved, tmp_path)
+    save_file({"coefficients": np.zeros(64, np.int32)}, tmp_path / WEIGHTS_FILE)
+    path = tmp_path / CONFIG_FILE
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["coefficients_digest"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert_same(adapter.load(tmp_path), saved)
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:
@@ -145,6 +171,28 @@ def test_a_flipped_bit_of_the_config_is_our_error_or_harmless(
 def test_a_setting_of_the_wrong_kind_is_our_error(folder: Path, changes: dict[str, Any]) -> None:
     edit(folder, **changes)
     with pytest.raises(LorandError):
+        adapter.load(folder)
+
+
+def test_files_of_two_adapters_are_noticed(folder: Path, tmp_path: Path) -> None:
+    adapter.save(adapter_of(np.arange(64, dtype=np.int64)[::-1].copy()), tmp_path / "other")
+    (folder / WEIGHTS_FILE).write_bytes((tmp_path / "other" / WEIGHTS_FILE).read_bytes())
+    with pytest.raises(ModelError, match="take both files of one export"):
+        adapter.load(folder)
+
+
+@pytest.mark.parametrize("planes", [b"", bytes(64 * 4 - 1), bytes(64 * 4 + 1), bytes(1 << 24)])
+def test_planes_of_another_length_are_refused(folder: Path, planes: bytes) -> None:
+    """However many bytes they would inflate to."""
+    packed = np.frombuffer(zlib.compress(planes), np.uint8)
+    save_file({"coefficients_zlib_int32": packed}, folder / WEIGHTS_FILE)
+    with pytest.raises(ModelError, match="do not fit their pool"):
+        adapter.load(folder)
+
+
+def test_planes_that_are_no_zlib_are_refused(folder: Path) -> None:
+    save_file({"coefficients_zlib_int32": np.arange(9, dtype=np.uint8)}, folder / WEIGHTS_FILE)
+    with pytest.raises(ModelError, match="holds no readable adapter"):
         adapter.load(folder)
 
 

@@ -23,7 +23,7 @@ from lorand_worker.heads import PooledClassifier
 from lorand_worker.memory import Weights
 from lorand_worker.model import LoadedModel
 from lorand_worker.precision import Precision
-from lorand_worker.tasks import Classification, Forward
+from lorand_worker.tasks import Classification, Forward, Task
 
 
 def base_of(folder: Path) -> LoadedModel:
@@ -179,6 +179,7 @@ def test_layers_above_run_with_their_hooks_and_those_below_without(tiny_model: P
     assert 12 in made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [Precision.FLOAT32, Precision.BFLOAT16])
 @pytest.mark.parametrize("kind", ["spsa", "backprop"])
 def test_weights_made_layer_by_layer_give_the_same_scalars(
@@ -192,6 +193,7 @@ def test_weights_made_layer_by_layer_give_the_same_scalars(
         base = load_base(config, tiny_model, "cpu", weights)
         source = random.Random(5)
         bench = ModelBench(base, config, examples(), source, Forward(precision))
+        assert isinstance(bench._task, Task)
         assert bench._task._boundary.depth == 1
         bench.replica.set(coefficients)
         for _ in range(4):  # the second epoch starts at the boundary

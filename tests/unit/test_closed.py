@@ -194,9 +194,10 @@ def test_an_empty_pool_is_a_pool(tmp_path: Path) -> None:
         assert adapter.load(tmp_path).closed == Closed(pools)
 
 
-def test_one_pool_is_written_as_before(tmp_path: Path) -> None:
+def test_one_pool_is_written_without_closed_ones(tmp_path: Path) -> None:
     adapter.save(adapter.of(ledger.replay(history(config_of(), 4))), tmp_path)
-    assert set(load_file(tmp_path / adapter.WEIGHTS_FILE)) == {"coefficients"}
+    (name,) = load_file(tmp_path / adapter.WEIGHTS_FILE)
+    assert name.startswith("coefficients")
 
 
 DAMAGE: Final[dict[str, dict[str, Any]]] = {

@@ -201,6 +201,7 @@ def minilm_folder() -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_a_hundred_updates_of_minilm_end_in_the_same_bits(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

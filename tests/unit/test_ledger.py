@@ -241,8 +241,20 @@ def test_coefficients_are_little_endian_64_bit() -> None:
     assert packed == b"".join(int(a).to_bytes(8, "little", signed=True) for a in coefficients)
     assert ledger.unpack_coefficients(packed, 3).tolist() == coefficients.tolist()
     assert ledger.coefficients_digest(coefficients) == hashlib.sha256(packed).digest()
-    with pytest.raises(LedgerError, match="4 coefficients take 32 bytes, not 24"):
+    with pytest.raises(LedgerError, match="4 coefficients of 8 bytes are not 24 bytes"):
         ledger.unpack_coefficients(packed, 4)
+
+
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=8), st.integers(0, 63))
+def test_coefficients_travel_in_as_few_bytes_as_hold_them(values: list[int], shift: int) -> None:
+    coefficients = np.array(values, np.int64) >> shift
+    width = ledger.width_of(coefficients)
+    packed = ledger.pack_coefficients(coefficients, width)
+    assert len(packed) == width * len(values)
+    assert ledger.unpack_coefficients(packed, len(values), width).tolist() == coefficients.tolist()
+    if width > 1:
+        reach = 2 ** (8 * width - 9)
+        assert coefficients.max() >= reach or coefficients.min() < -reach, "a byte fewer would do"
 
 
 # ------------------------------------------------------------- the portable file

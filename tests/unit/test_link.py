@@ -7,9 +7,9 @@ from contextlib import closing
 
 import pytest
 
-from lorand.errors import ConfigError
+from lorand.errors import Behind, ConfigError
 from lorand.v1 import coordination_pb2 as wire
-from lorand_worker.link import Link, Retry, outgoing
+from lorand_worker.link import BEHIND_S, Link, Retry, outgoing
 
 INTERRUPTED = """
 import queue, threading
@@ -29,7 +29,7 @@ def test_requests_come_in_order_until_none() -> None:
 
 def test_of_several_coordinators_the_next_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is away, one that sends the worker on, and one that leads, which is kept."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("threading.Event.wait", lambda event, timeout_s: False)
     tried: list[str] = []
     with closing(Link("127.0.0.1:1, localhost:2,[::1]:3", 60.0)) as link:
 
@@ -44,6 +44,78 @@ def test_of_several_coordinators_the_next_is_tried(monkeypatch: pytest.MonkeyPat
         for _ in range(2):
             assert link.persist(attempt, lambda why: None) == "let in"
     assert tried == ["127.0.0.1:1", "localhost:2", "[::1]:3", "[::1]:3"]
+
+
+class Clock:
+    """Time passes where somebody waits, a second at a time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("threading.Event.wait", self.wait)
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+
+    def wait(self, seconds: float) -> bool:
+        self.now += 1.0
+        return False
+
+
+BEHIND = Behind("the ledger has 3 entries, and it signed 5: it was rolled back")
+
+
+def test_one_of_several_coordinators_may_have_slept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it shows is not believed, and the next one is asked; the only one is refused at once."""
+    clock, tried = Clock(monkeypatch), list[str]()
+
+    def attempt() -> str:
+        tried.append(link._addresses[0])
+        if tried[-1] == "localhost:1":
+            raise BEHIND
+        return "let in"
+
+    told: list[str] = []
+    with closing(Link("localhost:1,localhost:2", 600.0)) as link:
+        assert link.persist(attempt, told.append) == "let in"
+    assert tried == ["localhost:1", "localhost:2"]
+    assert told == ["localhost:1 shows an older history than was seen"]
+    with closing(Link("localhost:1", 600.0)) as link, pytest.raises(Behind, match="rolled back"):
+        link.persist(attempt, told.append)
+    assert (len(tried), clock.now) == (3, 1.0)
+
+
+@pytest.mark.parametrize("slow", [0.0, 5.0], ids=["at once", "slowly"])
+def test_all_coordinators_that_stay_behind_are_refused(
+    monkeypatch: pytest.MonkeyPatch, slow: float
+) -> None:
+    """Within a bound that is shorter than the time for one that is away."""
+    clock = Clock(monkeypatch)
+
+    def attempt() -> None:
+        clock.now += slow
+        raise BEHIND
+
+    link = Link("localhost:1,localhost:2", 600.0)
+    with closing(link), pytest.raises(Behind, match="rolled back"):
+        link.persist(attempt, lambda why: None)
+    assert BEHIND_S < clock.now < BEHIND_S + 20.0
+
+
+def test_a_while_with_a_leader_ends_the_time_of_those_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two leaders that slept, a day apart, are not one that stays behind."""
+    clock, tries = Clock(monkeypatch), list[float]()
+
+    def attempt() -> str:
+        tries.append(clock.now)
+        if len(tries) == 2:
+            clock.now += 86400.0
+            raise Retry("the coordinator ended the stream")
+        if len(tries) == 4:
+            return "let in"
+        raise BEHIND
+
+    with closing(Link("localhost:1,localhost:2", 600.0)) as link:
+        assert link.persist(attempt, lambda why: None) == "let in"
 
 
 def test_a_link_needs_an_address() -> None:

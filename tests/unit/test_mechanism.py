@@ -22,7 +22,6 @@ from lorand.codec import Codec, Floats
 from lorand.privacy import sampler
 from lorand.privacy.accountant import Noise
 from lorand.privacy.mechanism import GRID, Mechanism, clip
-from lorand.privacy.shared_noise import LocalNoise
 
 Draw = Callable[[int, sampler.Below], int]
 
@@ -181,11 +180,6 @@ def test_a_deviation_may_be_a_fraction() -> None:
         observed.append(sum(seen[x] for x in part))
         wanted.append(count * sum(weights[x] for x in part) / total)
     assert stats.chisquare(observed, wanted, sum_check=False).pvalue > 1e-3
-
-
-def test_shares_of_a_secure_sum_are_drawn_here() -> None:
-    share = LocalNoise(90.5 + 2.0**-16, 8).draw(sampler.gaussians, 500)
-    assert share.std() == pytest.approx(90.5, rel=0.15)
 
 
 @pytest.mark.parametrize(("draw", "variance"), [(sampler.gaussian, 1.0), (sampler.laplace, 2.0)])

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tests import tiny
 
@@ -60,7 +63,7 @@ def test_weights_as_a_pickle_are_refused(tmp_path: Path, tiny_model: Path) -> No
 def test_a_config_without_weights(tmp_path: Path, tiny_model: Path) -> None:
     folder = copied(tiny_model, tmp_path)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="cannot load the model"):
+    with pytest.raises(ModelError, match=r"no weights as safetensors .* name a revision that has"):
         loaded(folder)
 
 
@@ -252,3 +255,21 @@ def test_the_tokenizer_digest_names_what_maps_texts(tmp_path: Path, tiny_model: 
         (folder / "tokenizer.json").write_text(json.dumps({**rules, **changes}))
         digests.add(model.tokenizer_digest(loaded(folder).tokenizer))
     assert len(digests) == 5
+
+
+def test_models_that_are_loaded_at_once_leave_the_library_as_it_was(tmp_path: Path) -> None:
+    """transformers patches its own classes while it loads; threads must take turns."""
+    folder = tiny.write_model(tmp_path / "masked", "masked")
+    section = ModelSection(name="masked")
+    before = transformers.PreTrainedModel.tie_weights
+    together = Barrier(4)
+
+    def loaded(_: int) -> bool:
+        together.wait(30)
+        module = model.load(section, 2, folder, kind="label-words").module
+        inner: Any = next(m for m in module.modules() if hasattr(m, "get_output_embeddings"))
+        return inner.get_output_embeddings().weight is inner.get_input_embeddings().weight
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(loaded, range(4)))
+    assert transformers.PreTrainedModel.tie_weights is before

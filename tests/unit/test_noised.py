@@ -24,6 +24,7 @@ from lorand_worker.data import PoissonSampler
 from lorand_worker.estimators import Order, Spsa, build
 from lorand_worker.local_steps import Standing
 from lorand_worker.noised import Noised, alone
+from lorand_worker.tasks import Task
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,7 +78,9 @@ def test_the_mean_of_each_examples_scalars_is_the_batchs(
 
 
 def load_module(bench: ModelBench) -> nn.Module:
-    return bench._task._module
+    assert isinstance(bench._task, Task)
+    module: nn.Module = bench._task._module
+    return module
 
 
 @pytest.mark.parametrize("kind", KINDS)

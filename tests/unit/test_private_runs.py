@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import pytest
 import torch
-from experiments import dp_sgd, feature_heads, private_runs
+from experiments import dp_sgd, feature_heads, head_inputs, private_runs
 from experiments.privacy_utility import PRIVACY, ROWS, choices, config_of
 from experiments.private_runs import releases
 from tests import tiny
@@ -38,7 +38,7 @@ def config_for(kind: EstimatorKind, **privacy: object) -> RunConfig:
     """A run on the head alone, with as many directions as a test of equality needs."""
     return tiny.config(
         kind,
-        model={"trainable": feature_heads.TRAINABLE},
+        model={"trainable": head_inputs.ALONE},
         directions={"pool_size": 64},
         estimator={"directions_per_round": 8, "batch_size": 4, "perturbation_scale": 2.0**-9},
         rounds={"telemetry": "none", "quorum": WORKERS},

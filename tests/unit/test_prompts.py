@@ -10,8 +10,10 @@ from tests import tiny
 from lorand.config import ModelSection, RunConfig, TaskSection
 from lorand.errors import ConfigError, DataError, ModelError
 from lorand_worker import model, tasks
-from lorand_worker.data import Examples, Pairs
+from lorand_worker.data import Chats, Data, Examples, Pairs, Texts, Turn
 from lorand_worker.model import LoadedModel
+from lorand_worker.tasks.answers import Answers, chats
+from lorand_worker.tasks.answers import texts as texts_of
 from lorand_worker.tasks.prompts import Prompt, label_word_ids
 
 WORDS: Final[dict[str, Any]] = {
@@ -31,9 +33,7 @@ def causal(causal_model: Path) -> LoadedModel:
     return model.load(ModelSection(name="unused"), 0, causal_model, kind="causal-lm")
 
 
-def task_of(
-    loaded: LoadedModel, examples: Examples | Pairs, max_length: int = 40, **task: Any
-) -> tasks.Task:
+def task_of(loaded: LoadedModel, examples: Data, max_length: int = 40, **task: Any) -> tasks.Task:
     """The task on these examples; nothing is kept, since everything is trained."""
     content = {**tiny.settings("spsa", model={"max_length": max_length}), "task": task}
     names = set(model.trainable_tensors(loaded, "all"))
@@ -79,11 +79,20 @@ def test_after_a_line_break_a_causal_word_has_no_space(causal: LoadedModel) -> N
             "causal",
             "{text} it was",
             ("awful", "splendid"),
-            ["'splendid' is not one token", "'Ġs', 'p'", "task.label_words"],
+            [
+                "'splendid' is not one token",
+                "'Ġs', 'p'",
+                "task.label_words (one token each: great",
+            ],
         ),
         ("causal", "{text}\n", ("awful", "great"), ["'awful' is not one token", "task.template"]),
         ("masked", "{mask} {text}", ("bad-ish", "great"), ["'bad-ish'", "'[UNK]', '[UNK]'"]),
-        ("masked", "{mask} {text}", ("awful", "splendid"), ["does not know the label word"]),
+        (
+            "masked",
+            "{mask} {text}",
+            ("awful", "splendid"),
+            ["does not know the label word", "(one token each: great, A)"],
+        ),
         ("masked", "{mask} {text}", ("Great", "great"), ["'Great' and 'great' are the same token"]),
     ],
 )
@@ -161,6 +170,117 @@ def test_nothing_of_a_prompt_is_predicted(causal: LoadedModel) -> None:
     rows, columns = targets.places
     assert rows.tolist() == [0] * (len(g) + 1) + [1] * (len(r) + 1)
     assert torch.equal(columns[: len(g) + 1], torch.arange(len(g) + 1) + 1), "after 'a' and a break"
+
+
+# ------------------------------------------------------------- texts and conversations
+
+ASKED: Final[tuple[Turn, ...]] = (("system", "the room"), ("user", "was it clean"))
+TWICE: Final[tuple[Turn, ...]] = (
+    *ASKED,
+    ("assistant", "it was great"),
+    ("user", "and the bed"),
+    ("assistant", "awful"),
+)
+
+
+def said(loaded: LoadedModel, answers: Answers, example: int = 0) -> tuple[str, str]:
+    """All of an example, and what of it is learned."""
+    ids = answers.ids[example]
+    parts = [ids[at] for at in answers.learned[example]]
+    return str(loaded.tokenizer.decode(ids)), str(loaded.tokenizer.decode(parts))
+
+
+def test_only_the_assistants_words_are_learned(causal: LoadedModel) -> None:
+    """With the mark that ends them; a turn without words is nobody's."""
+    whole, learned = said(causal, chats(causal.tokenizer, Chats((TWICE,)), 60))
+    assert whole == (
+        f"[system] the room{tiny.END}\n[user] was it clean{tiny.END}\n[assistant] it was great"
+        f"{tiny.END}\n[user] and the bed{tiny.END}\n[assistant] awful{tiny.END}"
+    )
+    assert learned == f" it was great{tiny.END} awful{tiny.END}"
+    silent = Chats(((("assistant", " "), *TWICE),))
+    assert said(causal, chats(causal.tokenizer, silent, 99))[1] == learned
+
+
+def test_of_a_long_conversation_the_last_turns_go(causal: LoadedModel) -> None:
+    tokenizer = causal.tokenizer
+    whole, first = (len(chats(tokenizer, Chats((t,)), 99).ids[0]) for t in (TWICE, TWICE[:3]))
+    both = Chats((TWICE, TWICE[:3]))
+    assert chats(tokenizer, both, whole).cut == 0
+    cut = chats(tokenizer, both, whole - 1)
+    assert cut.cut == 1
+    assert cut.ids[0] == cut.ids[1]
+    assert len(cut.ids[0]) == first
+    assert cut.learned[0] == cut.learned[1]
+    with pytest.raises(
+        DataError, match=rf"answer of conversation 1 ends after {first} tokens, and"
+    ):
+        chats(tokenizer, both, first - 1)
+
+
+def test_the_loss_of_a_conversation_is_its_answers(causal: LoadedModel) -> None:
+    of = task_of(causal, Chats((TWICE, TWICE[:3])), 60, kind="causal-lm", format="chat")
+    answers = chats(causal.tokenizer, Chats((TWICE,)), 60)
+    row = torch.tensor([answers.ids[0]])
+    with torch.no_grad():
+        logits = causal.module(row, torch.ones_like(row))[0]
+    places = torch.tensor(answers.learned[0])
+    expected = torch.nn.functional.cross_entropy(logits[places - 1], row[0][places])
+    with torch.no_grad():
+        assert float(of.losses([1, 0])[1]) == pytest.approx(float(expected), abs=1e-5)
+    assert of.score().of == "tokens"
+
+
+def test_whole_texts_are_learned(causal: LoadedModel) -> None:
+    texts = Texts(("the room was great", "it " * 90))
+    of = task_of(causal, texts, 20, kind="causal-lm", format="text")
+    assert text_of(causal, of) == f"the room was great{tiny.END}"
+    assert len(of._ids[1]) == 20
+    assert of.cut == 1
+    targets = of._targets([0])
+    assert torch.equal(targets.labels, of._ids[0][1:])
+    with pytest.raises(DataError, match="example 1 has a single token"):
+        texts_of(causal.tokenizer, Texts(("A",)), 1)
+
+
+def test_a_tokenizer_without_a_chat_template(causal_model: Path) -> None:
+    loaded = model.load(ModelSection(name="unused"), 0, causal_model, kind="causal-lm")
+    loaded.tokenizer.chat_template = None
+    with pytest.raises(ModelError, match=r'no chat template: .* set task\.format = "pairs"'):
+        task_of(loaded, Chats((TWICE,)), kind="causal-lm", format="chat")
+    content = {**tiny.settings("spsa"), "task": {"kind": "causal-lm", "format": "chat"}}
+    with pytest.raises(ModelError, match="no chat template"):
+        tasks.check(loaded, RunConfig.model_validate(content))
+
+
+@pytest.mark.parametrize(
+    ("template", "kind", "sentence"),
+    [
+        ("{{ raise_exception('roles alternate') }}", DataError, "conversation 1 .roles alternate."),
+        (
+            "{% for turn in messages %}{% if loop.last %}{{ turn.content }}{% endif %}{% endfor %}",
+            ModelError,
+            r"turn 3 of conversation 1\), .* give conversations with one answer",
+        ),
+    ],
+)
+def test_chat_templates_that_do_not_serve(
+    causal_model: Path, template: str, kind: type[Exception], sentence: str
+) -> None:
+    loaded = model.load(ModelSection(name="unused"), 0, causal_model, kind="causal-lm")
+    loaded.tokenizer.chat_template = template
+    with pytest.raises(kind, match=sentence):
+        chats(loaded.tokenizer, Chats((TWICE,)), 60)
+
+
+def test_the_chat_template_is_part_of_the_tokenizer_in_runs_of_chats(causal_model: Path) -> None:
+    """All workers must write conversations alike; other runs never use it."""
+    loaded = model.load(ModelSection(name="unused"), 0, causal_model, kind="causal-lm")
+    before = [model.tokenizer_digest(loaded.tokenizer, chats=chats) for chats in (False, True)]
+    loaded.tokenizer.chat_template = tiny.CHAT + " "
+    after = [model.tokenizer_digest(loaded.tokenizer, chats=chats) for chats in (False, True)]
+    assert before[0] == after[0] != before[1]
+    assert before[1] != after[1]
 
 
 # ------------------------------------------------------------- data that cannot be used
@@ -258,6 +378,9 @@ def test_a_tied_output_layer_is_one_tensor(causal: LoadedModel, masked: LoadedMo
         ({"kind": "causal-lm", "template": "no place"}, "exactly once"),
         ({"kind": "causal-lm", "template": "{text} {mask}"}, "does not fill"),
         ({"kind": "causal-lm", "label_words": ["a"]}, "remove them"),
+        ({"labels": ["a", "b"], "format": "chat"}, 'format = "chat" is for kind = "causal-lm"'),
+        ({"kind": "causal-lm", "format": "chat", "template": "{text}"}, "without a template"),
+        ({"kind": "causal-lm", "format": "chats"}, "task.format: Input should be 'pairs', 'text'"),
     ],
 )
 def test_run_files_that_are_refused(task: dict[str, Any], sentence: str) -> None:

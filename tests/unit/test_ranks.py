@@ -15,7 +15,7 @@ from lorand.config import RunConfig
 from lorand.errors import ConfigError, ModelError
 from lorand.manifest import Identity, Manifest, TensorSpec
 from lorand.sections import SubspaceSection
-from lorand_worker import model, preparing
+from lorand_worker import data, model, preparing
 from lorand_worker.bench import Base, load_base
 from lorand_worker.model import LoadedModel
 from lorand_worker.ranks import low_rank, ranks, shifts
@@ -272,8 +272,9 @@ def test_preparing(
     def load(of: RunConfig) -> Base:
         return load_base(of, folder, "cpu", prepares=True)
 
-    examples = tiny_data["hotels"] if rule == "calibrated" else None
-    preparing.check(run, config, examples)
+    source = tiny_data["hotels"] if rule == "calibrated" else None
+    preparing.check(run, config, source)
+    examples = None if source is None else data.load(source, config.task)
     assert preparing.written(run, config) is None
     identity = preparing.prepare(config, examples, load, told)
     preparing.write(run, identity)

@@ -260,23 +260,20 @@ def test_from_anywhere_a_run_can_be_finished(run: Settings, actions: list[Action
 
 def test_a_sample_is_fair_and_follows_from_the_run_and_the_round() -> None:
     """Four of ten: everyone 400 times in 1000 rounds, within five standard deviations of 15.5."""
-    sampled = replace(SMALL, participants=4, sampling_key=b"a run")
-    room = frozenset(range(1, 11))
-    drawn = [rounds._chosen(sampled, round_index, room) for round_index in range(1000)]
+    room = range(1, 11)
+    drawn = [rounds.sample(b"a run", 4, round_index, room) for round_index in range(1000)]
     assert all(len(set(one)) == 4 for one in drawn)
     for worker in room:
         assert abs(sum(worker in one for one in drawn) - 400) < 78
-    other = replace(sampled, sampling_key=b"another")
-    assert [rounds._chosen(other, r, room) for r in range(1000)] != drawn
+    assert [rounds.sample(b"another", 4, r, room) for r in range(1000)] != drawn
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.sets(st.integers(1, 99), min_size=5), st.integers(1, 9))
 def test_who_leaves_changes_a_sample_by_one(room: set[int], count: int) -> None:
-    sampled = replace(SMALL, participants=count)
-    before = rounds._chosen(sampled, 1, frozenset(room))
+    before = rounds.sample(b"", count, 1, room)
     gone = before[0]
-    after = rounds._chosen(sampled, 1, frozenset(room - {gone}))
+    after = rounds.sample(b"", count, 1, room - {gone})
     assert set(before) - {gone} <= set(after)
 
 

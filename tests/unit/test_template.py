@@ -11,9 +11,6 @@ from lorand.config import RunConfig
 from lorand.errors import ConfigError
 from lorand_coordinator import cli as coordinator
 from lorand_coordinator.presets import PRESETS, render
-from lorand_worker import cli as worker
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def written(tmp_path: Path, preset: str = "") -> Path:
@@ -67,18 +64,3 @@ def test_init_keeps_an_existing_file(tmp_path: Path) -> None:
     target.write_text("mine", encoding="utf-8")
     assert CliRunner().invoke(coordinator.app, ["init", str(target)]).exit_code != 0
     assert target.read_text(encoding="utf-8") == "mine"
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/operations.md", "docs/security.md"])
-def test_pages_name_only_commands_and_files_that_exist(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    known = {
-        "lr-coordinator": {c.name or "" for c in coordinator.app.registered_commands}
-        | {c.callback.__name__ for c in coordinator.app.registered_commands if c.callback}
-        | {"ledger"},
-        "lr-worker": {c.callback.__name__ for c in worker.app.registered_commands if c.callback},
-    }
-    for program, command in re.findall(r"(lr-coordinator|lr-worker) ([a-z]+)", text):
-        assert command in known[program], f"{program} {command}"
-    for target in re.findall(r"\]\(([\w./-]+)\)", text):
-        assert (ROOT / page).parent.joinpath(target).exists(), target

@@ -18,7 +18,7 @@ from tests.unit.signed_histories import (
 )
 
 from lorand import heads, ledger
-from lorand.errors import ConfigError, HandshakeError, LedgerError, LorandError
+from lorand.errors import Behind, ConfigError, HandshakeError, LedgerError, LorandError
 from lorand.heads import KeptHead
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import show, signing
@@ -249,6 +249,12 @@ def test_heads_that_cannot_be_given(request_: pb.GetHeadRequest, key: object, wh
     empty = SqliteStore(":memory:")
     with pytest.raises(HandshakeError, match="holds 0 entries"):
         signing.head_for(pb.GetHeadRequest(), empty, None, KEY)
+
+
+def test_too_long_a_history_is_told_apart() -> None:
+    """A worker with several coordinators asks the next one then."""
+    with pytest.raises(Behind, match="holds 0 entries, not 99"):
+        signing.head_for(pb.GetHeadRequest(size=99), SqliteStore(":memory:"), None, KEY)
 
 
 def test_without_a_size_the_whole_history_is_signed() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tests.unit.signed_histories import BODIES, KEY, OTHER_KEY, RUN, answer, forked, position_of
 
 from lorand import heads
-from lorand.errors import HandshakeError, LorandError
+from lorand.errors import Behind, HandshakeError, LorandError
 from lorand.heads import Head, KeptHead
 from lorand.privacy.primitives import IdentityKey
 from lorand_worker.feedback import Place
@@ -70,7 +70,7 @@ def test_a_ledger_that_was_rolled_back_is_refused(size: int, tmp_path: Path) -> 
     one, _ = witness(tmp_path)
     show(one, BODIES, 6)
     again, _ = witness(tmp_path)
-    with pytest.raises(HandshakeError, match=f"has {size} entries, and it signed 6 .*rolled back"):
+    with pytest.raises(Behind, match=f"has {size} entries, and it signed 6 .*rolled back"):
         again.expect(size, signs=True)
 
 

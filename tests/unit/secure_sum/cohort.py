@@ -79,6 +79,17 @@ class Cohort:
             state_digest=STATE,
         )
 
+    def retry(self, after: Attempt, present: Iterable[str]) -> Attempt:
+        """The attempt after one that was given up, among those who are there."""
+        return self.keys.attempt(
+            after.round_index,
+            after.number + 1,
+            present,
+            length=after.length,
+            bound=after.bound,
+            state_digest=after.state_digest,
+        )
+
     def open(self, attempt: Attempt, number: int = 0) -> OneVector:
         return self.members[number].open(
             attempt.to_bytes(),

@@ -44,7 +44,7 @@ def test_a_dropped_member_costs_a_retry_with_other_masks(four: Cohort) -> None:
         masked_sum.add(message)
     assert masked_sum.missing == ("worker-03",)
     there = [name for name in four.roster.names if name not in masked_sum.missing]
-    retry = four.keys.next_attempt(first, there)
+    retry = four.retry(first, there)
     assert (retry.number, retry.present) == (1, (0, 1, 2))
     fresh = {n: 10 + vectors[n] for n in range(3)}
     after = four.masked(retry, fresh)
@@ -60,7 +60,7 @@ def test_the_late_vector_completes_only_its_own_attempt(four: Cohort) -> None:
     first = four.attempt(1)
     stale = {number: four.open(first, number) for number in range(4)}
     before = [stale[number].mask(integers(100 + number)) for number in range(3)]
-    retry = four.keys.next_attempt(first, ["worker-00", "worker-01", "worker-02"])
+    retry = four.retry(first, ["worker-00", "worker-01", "worker-02"])
     after = four.masked(retry, {number: integers(200 + number) for number in range(3)})
     late = stale[3].mask(integers(103))
     assert four.total(first, [*before, late]).tolist() == [406]
@@ -72,7 +72,7 @@ def test_the_late_vector_completes_only_its_own_attempt(four: Cohort) -> None:
 def test_what_was_not_sent_before_a_retry_never_is(four: Cohort) -> None:
     first = four.attempt(1)
     stale = four.open(first)
-    retry = four.keys.next_attempt(first, four.roster.names)
+    retry = four.retry(first, four.roster.names)
     assert four.open(retry).mask(integers(1))
     with pytest.raises(ContributionError, match="fresh batch and fresh noise"):
         stale.mask(integers(1))
@@ -81,14 +81,14 @@ def test_what_was_not_sent_before_a_retry_never_is(four: Cohort) -> None:
 def test_too_few_are_not_summed(four: Cohort) -> None:
     first = four.attempt(1)
     with pytest.raises(ContributionError, match="2 members cannot be summed: wait"):
-        four.keys.next_attempt(first, ["worker-00", "worker-01"])
+        four.retry(first, ["worker-00", "worker-01"])
     careful = Cohort(4, n_min=4)
     retry = careful.attempt(1, careful.roster.names[:3])
     with pytest.raises(HandshakeError, match="at least 4: wait for the others"):
         careful.open(retry)
     last = copy_with(first, number=MAX_ATTEMPTS - 1)
     with pytest.raises(ContributionError, match=f"{MAX_ATTEMPTS} attempts: abandon it"):
-        four.keys.next_attempt(last, four.roster.names)
+        four.retry(last, four.roster.names)
 
 
 # ------------------------------------------------------------- one vector an attempt
@@ -110,8 +110,8 @@ def test_attempts_only_rise(three: Cohort) -> None:
     three.open(rounds[1])
     with pytest.raises(ContributionError, match="attempt 0 of round 0 is over"):
         three.open(rounds[0])
-    retry = three.keys.next_attempt(rounds[1], three.roster.names)
-    second = three.keys.next_attempt(retry, three.roster.names)
+    retry = three.retry(rounds[1], three.roster.names)
+    second = three.retry(retry, three.roster.names)
     three.open(second)
     with pytest.raises(ContributionError, match="attempt 1 of round 1 is over"):
         three.open(retry)

@@ -26,7 +26,7 @@ def transcript() -> dict[str, Any]:
     first = cohort.attempt(3)
     vectors = {number: integers(number, -number, 1000) for number in range(4)}
     before = cohort.masked(first, {number: vectors[number] for number in range(3)})
-    retry = cohort.keys.next_attempt(first, cohort.roster.names[:3])
+    retry = cohort.retry(first, cohort.roster.names[:3])
     fresh = {number: integers(-1000, 7 * number, 0) for number in range(3)}
     after = cohort.masked(retry, fresh)
     return {

@@ -138,7 +138,7 @@ def test_masks_of_two_attempts_share_nothing() -> None:
     cohort = Cohort(8)
     zeros = np.zeros(8192, np.int64)
     first = cohort.attempt(8192)
-    retry = cohort.keys.next_attempt(first, cohort.roster.names)
+    retry = cohort.retry(first, cohort.roster.names)
     later = cohort.attempt(8192)
     ys = [payload(cohort.open(attempt).mask(zeros)) for attempt in (first, retry, later)]
     ys.append(payload(cohort.open(later, 1).mask(zeros)))
