@@ -1,0 +1,1 @@
+"""LoRand as a Flower app: Flower carries the messages, LoRand's ledger is the run."""
