@@ -4,7 +4,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test check proto proto-check gpu-check
+.PHONY: install demo test compose-test check proto proto-check docs experiments experiments-full gpu-check
 
 install: $(STAMP) ## Make .venv with coordinator, worker, demo model and developer tools.
 
@@ -22,6 +22,10 @@ demo: install ## One coordinator and three workers on this machine; ends with a 
 test: install ## The unmarked tests, two at a time; with ARGS='-m slow' and the like others, in turn.
 	$(BIN)/pytest $(or $(ARGS),-n 2 --dist loadfile)
 
+compose-test: install ## The images and deploy/compose.yaml, for real; as root on Debian, else skipped.
+	@sh tests/containers/install.sh $(BIN)/python
+	$(BIN)/pytest -s -m containers tests/containers
+
 check: install proto-check ## Everything CI checks, without changing a file.
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -38,6 +42,22 @@ proto-check: install ## Fail when the checked-in code is not what proto/ generat
 	  --mypy_out=quiet:.venv/proto --mypy_grpc_out=quiet:.venv/proto proto/lorand/v1/*.proto
 	@diff -r -x '__init__.py' -x '__pycache__' .venv/proto/lorand/v1 common/lorand/v1 \
 	  || { echo "generated code differs from proto/: run 'make proto'"; exit 1; }
+
+docs: install ## Write docs/reference from the code, and docs/results.md from the results.
+	$(BIN)/python docs/generate.py
+	$(BIN)/python -m experiments.report
+
+experiments: install ## A quarter of an hour: a part of the grid, bytes on sockets, a late joiner's.
+	$(BIN)/python -m experiments.grid experiments/grids/quick.toml
+	$(BIN)/python -m experiments.wire_bytes
+	$(BIN)/python -m experiments.late_join
+	$(BIN)/python -m experiments.report
+
+experiments-full: install ## The whole grid, and instruction tuning: many hours; it goes on where it was interrupted.
+	$(BIN)/python -m experiments.grid experiments/grids/full.toml
+	$(BIN)/python -m experiments.heterogeneity
+	$(BIN)/python -m experiments.instructions
+	$(BIN)/python -m experiments.report
 
 gpu-check: export PYTHONPATH := common:server:client
 gpu-check: ## Contract and benchmark of the GPU kernels, with python3's own torch; installs nothing.
