@@ -47,7 +47,7 @@ AUDITOR: Final = WORKERS - 1
 ROUNDS: Final = 100
 RATES: Final = (2.5e-4, 5e-4, 1e-3, 2e-3)
 RATE: Final = 1e-3
-SEEDS: Final = (0, 1, 2)
+SEEDS: Final = (0, 1, 2, 3, 4)
 QUARANTINE: Final = "clipped-mean, quarantine, auditor"
 ALONE: Final = "mean of the honest alone"
 RULES: Final = (
@@ -118,13 +118,12 @@ class Attackers:
             return honest
         if self._count:
             reports = self._lies(reports, scale_exponent) | honest
-        if self.audited:
-            apart = self._conduct.reasons
-            reports = {worker: part for worker, part in reports.items() if worker not in apart}
-            self._conduct = conduct.after(
-                self._config, self._conduct, scale_exponent, reports, AUDITOR
-            )
-        return reports
+        if not self.audited:
+            return reports
+        before = self._conduct
+        kept = {w: part for w, part in reports.items() if w not in before.reasons}
+        self._conduct = conduct.after(self._config, before, scale_exponent, kept, AUDITOR)
+        return {w: part for w, part in kept.items() if w not in before.doubted}
 
     def _lies(self, reports: dict[int, Report], scale_exponent: int) -> dict[int, Report]:
         rows = np.stack(

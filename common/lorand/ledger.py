@@ -229,6 +229,9 @@ def committed_delta(position: Position, entry: pb.Entry) -> tuple[Coefficients, 
     workers = tuple(commit.workers)
     if not workers or list(workers) != sorted(set(workers)):
         raise LedgerError(f"entry {entry.sequence} does not list its workers in order")
+    uncounted = set(commit.uncounted)
+    if not uncounted < set(workers) or list(commit.uncounted) != sorted(uncounted):
+        raise LedgerError(f"entry {entry.sequence} does not count workers that it does not list")
     if commit.directions > position.config.estimator.max_directions_per_round:
         raise LedgerError(f"entry {entry.sequence} moves more directions than the run allows")
     indices = position.draws.committed(entry.round_index, workers, commit.directions)

@@ -14,6 +14,10 @@ from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import rules
 
 
+class UnsoundRound(ContributionError):
+    """Everyone is there, but nothing can be made of what they reported."""
+
+
 @dataclass(frozen=True)
 class Report:
     """A participant's codes for a round, how many examples are behind them, and their scale.

@@ -12,10 +12,12 @@ the ledger, comes to the same. Three signs, each a running mean over about forty
   away from it too.
 
 Nothing here tells a lie about private data from other data, so less than half of those who took
-part are ever sent away.
+part are ever sent away. To be sure takes some tens of rounds. Meanwhile who points away from the
+auditor's scalars, surely or not, is not counted, and is again as soon as it does not: the zeros of
+FLTrust's weight ReLU(cosine), of the running mean in place of one round's cosine.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Final
@@ -25,7 +27,8 @@ import numpy as np
 from lorand import codec
 from lorand.codec import Floats
 from lorand.config import RunConfig
-from lorand_coordinator import rules
+from lorand.v1 import ledger_pb2 as pb
+from lorand_coordinator import folding, rules
 from lorand_coordinator.aggregation import Report, decoded
 from lorand_coordinator.diagnostics import Finding
 from lorand_coordinator.tally import Account
@@ -97,6 +100,11 @@ class Conduct:
     last: frozenset[bytes] = frozenset()
     reasons: Mapping[int, str] = field(default_factory=dict)
 
+    @property
+    def doubted(self) -> frozenset[int]:
+        """Whose contributions are not counted for now. Nobody's where there is no auditor."""
+        return frozenset(worker for worker, record in self.records.items() if record.along < 0)
+
 
 def after(
     config: RunConfig,
@@ -147,17 +155,26 @@ class Watch:
         self._conduct = Conduct()
 
     def take(
-        self, scale_exponent: int, reports: Mapping[int, Report], numbers: Mapping[str, int]
+        self,
+        commit: pb.Commit,
+        stored: Iterable[pb.StoredContribution],
+        numbers: Mapping[str, int],
     ) -> None:
-        """Take a committed round; `numbers` are the workers', by name."""
+        """Take a commit and what it came from; `numbers` are the workers', by name."""
         if self.on:
-            auditor = numbers.get(self._config.service.auditor, 0)
-            self._conduct = after(self._config, self._conduct, scale_exponent, reports, auditor)
+            config, auditor = self._config, numbers.get(self._config.service.auditor, 0)
+            reports = folding.reports(config, stored, commit.directions)
+            self._conduct = after(config, self._conduct, commit.scale_exponent, reports, auditor)
 
     @property
     def apart(self) -> frozenset[int]:
         """Whom the run goes on without."""
         return frozenset(self._conduct.reasons)
+
+    @property
+    def doubted(self) -> frozenset[int]:
+        """Whose contributions are kept, and not counted for now."""
+        return self._conduct.doubted - self.apart
 
     def why(self, worker: int) -> str:
         """Return why the run goes on without a worker; empty: it does not."""
@@ -165,8 +182,16 @@ class Watch:
         return f"in quarantine: {why}" if why else ""
 
     def findings(self, accounts: Mapping[int, Account]) -> list[Finding]:
-        """Return who is in quarantine and why, for the operator."""
+        """Return who is in quarantine or not counted and why, for the operator."""
+        told = {w: (f"quarantine {w}", self.why(w)) for w in self.apart}
+        for w in self.doubted:
+            mean = self._conduct.records[w].along
+            told[w] = (
+                f"not counted {w}",
+                f"is not counted for now: its scalars point away from the auditor's (mean cosine "
+                f"{mean:.2f})",
+            )
         return [
-            Finding(f"quarantine {w}", f"worker {w} ({accounts[w].name}) {self.why(w)}")
-            for w in sorted(self.apart)
+            Finding(kind, f"worker {w} ({accounts[w].name}) {why}")
+            for w, (kind, why) in sorted(told.items())
         ]

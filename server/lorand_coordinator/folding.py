@@ -4,7 +4,7 @@ The same fold makes a commit and repeats it from what the ledger keeps: a restar
 goes on where it was, and a round that does not repeat shows.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from lorand import codec
@@ -12,7 +12,7 @@ from lorand.config import RunConfig
 from lorand.ledger import Position
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import aggregation, optimizer, payoff
-from lorand_coordinator.aggregation import Report
+from lorand_coordinator.aggregation import Report, UnsoundRound
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,19 @@ class Folded:
 def start(config: RunConfig) -> Carried:
     """Return the state before the first round."""
     return Carried(optimizer.start(config), payoff.Comparison())
+
+
+def counted(
+    stored: Iterable[pb.StoredContribution], uncounted: Collection[int]
+) -> list[pb.StoredContribution]:
+    """Return the contributions that a commit is made of: all but those of some workers.
+
+    Raises UnsoundRound when none is left.
+    """
+    left = [part for part in stored if part.worker not in uncounted]
+    if not left:
+        raise UnsoundRound("all contributions point away from the auditor's, and it sent none")
+    return left
 
 
 def reports(

@@ -10,7 +10,7 @@ from lorand.privacy.mechanism import Integers
 from lorand.privacy.secure_sum import Attempt, Keys, MaskedSum, Roster
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
-from lorand_coordinator.summing import UnsoundSum
+from lorand_coordinator.aggregation import UnsoundRound
 
 
 class SecureSum:
@@ -78,7 +78,7 @@ class SecureSum:
                 masked.add(contribution.sum)
             return masked.total()
         except ContributionError as error:
-            raise UnsoundSum(str(error)) from error
+            raise UnsoundRound(str(error)) from error
 
     def _sum(self) -> MaskedSum:
         if self._attempt is None:

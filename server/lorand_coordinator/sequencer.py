@@ -32,12 +32,12 @@ from lorand_coordinator import (
     subspace,
     summing,
 )
-from lorand_coordinator.aggregation import Report
+from lorand_coordinator.aggregation import Report, UnsoundRound
 from lorand_coordinator.conduct import Watch
 from lorand_coordinator.folding import Carried
 from lorand_coordinator.snapshot import pack_state, resumed
 from lorand_coordinator.store import Checkpoint, Store, StoreUnavailable
-from lorand_coordinator.summing import Summing, UnsoundSum
+from lorand_coordinator.summing import Summing
 from lorand_coordinator.tally import Observer, Outcome, Tally, mean_loss
 
 MAX_REASON: Final = 300
@@ -132,8 +132,7 @@ class Sequencer:
             if entry.HasField("commit"):
                 last.append(entry)
                 if self._watch.on:
-                    exponent = entry.commit.scale_exponent
-                    self._watch.take(exponent, self._reports(entry), self.tally.numbers)
+                    self._watch.take(entry.commit, self._stored(entry), self.tally.numbers)
             if entry.sequence < committed_before:
                 continue
             if entry.HasField("commit"):
@@ -142,23 +141,26 @@ class Sequencer:
         if not np.array_equal(position.coefficients, self._optimizer.coefficients):
             raise LedgerError("the optimizer's coefficients are not those of the ledger")
         for entry in last:
-            self._note_scalars(entry.commit.scale_exponent, self._reports(entry))
+            counted = folding.counted(self._stored(entry), entry.commit.uncounted)
+            self._note_scalars(
+                entry.commit.scale_exponent,
+                folding.reports(self.config, counted, entry.commit.directions),
+            )
         self.engine = replace(self.engine, quarantined=self._watch.apart)
         self._position = position
 
-    def _reports(self, entry: pb.Entry) -> dict[int, Report]:
-        """Return what the stored contributions of a commit say."""
-        stored = map(pb.StoredContribution.FromString, self.store.contributions(entry.sequence))
-        return folding.reports(self.config, stored, entry.commit.directions)
+    def _stored(self, entry: pb.Entry) -> list[pb.StoredContribution]:
+        """Return the stored contributions of a commit."""
+        return list(map(pb.StoredContribution.FromString, self.store.contributions(entry.sequence)))
 
     def _repeat(self, position: Position, entry: pb.Entry) -> None:
         """Fold a stored round into what is carried on; ΔA and the rest must come out as written."""
         bodies = self.store.contributions(entry.sequence)
         ledger.check_contributions(entry, bodies)
-        stored = [pb.StoredContribution.FromString(body) for body in bodies]
         commit = entry.commit
+        counted = folding.counted(map(pb.StoredContribution.FromString, bodies), commit.uncounted)
         folded = folding.fold(
-            self.config, position, self._carried, entry.round_index, stored, commit.directions
+            self.config, position, self._carried, entry.round_index, counted, commit.directions
         )
         if folded.written != (commit.scale, commit.codes, commit.gives_up_subspace):
             raise LedgerError(
@@ -355,7 +357,7 @@ class Sequencer:
             apart = self._watch.apart - self.engine.quarantined
             outgoing += [told for worker in sorted(apart) for told in self._sent_away(worker)]
             return outgoing, [rounds.Quarantined(apart), rounds.Appended()]
-        except UnsoundSum as error:
+        except UnsoundRound as error:
             return [], [rounds.Unsound(str(error))]
         except (LedgerError, ContributionError) as error:  # the latter: an update too large
             return [], [rounds.AppendFailed(str(error))]
@@ -394,8 +396,10 @@ class Sequencer:
         stored = self._to_store(round_index, contributions)
         bodies = [part.SerializeToString(deterministic=True) for part in stored]
         count = self._optimizer.pace.directions
+        uncounted = sorted(self._watch.doubted & contributions.keys())
+        counted = folding.counted(stored, uncounted)
         folded = folding.fold(
-            self.config, self._position, self._carried, round_index, stored, count
+            self.config, self._position, self._carried, round_index, counted, count
         )
         commit = pb.Commit(
             scale=folded.scale,
@@ -404,17 +408,18 @@ class Sequencer:
             scale_exponent=self._optimizer.scale_exponent,
             contributions_digest=ledger.contributions_digest(bodies),
             directions=count,
-            basis=subspace.elected(self._position, stored),
+            basis=subspace.elected(self._position, counted),
             gives_up_subspace=folded.gives_up_subspace,
+            uncounted=uncounted,
         )
         assert commit.scale_exponent in SCALE_EXPONENTS
         outgoing = self._append(pb.Entry(round_index=round_index, commit=commit), bodies)
         self._carried = folded.after
         self._note_scalars(commit.scale_exponent, folded.reports)
-        self._watch.take(commit.scale_exponent, folded.reports, self.tally.numbers)
+        self._watch.take(commit, stored, self.tally.numbers)
         for worker in commit.workers:
             self.tally.accounts[worker].contributions += 1
-        self.tally.loss = mean_loss(stored)
+        self.tally.loss = mean_loss(counted)
         self._maybe_checkpoint()
         self._tell(round_index, len(commit.workers))
         return outgoing

@@ -24,10 +24,6 @@ EVERYONE: Final = 0
 """The worker number that the noisy mean is stored under; members are numbered from 1."""
 
 
-class UnsoundSum(ContributionError):
-    """Everyone is there, but the sum is not one of sound contributions."""
-
-
 class Summing(Protocol):
     """How the contributions to a round become the noisy sum."""
 
@@ -47,7 +43,7 @@ class Summing(Protocol):
         """Raise ContributionError for a contribution that cannot be in the sum."""
 
     def total(self, contributions: Mapping[str, pb.Contribution]) -> Integers:
-        """Return the noisy sum in grid steps, shape (K,). Raises UnsoundSum."""
+        """Return the noisy sum in grid steps, shape (K,). Raises UnsoundRound."""
 
 
 def stored(
@@ -57,7 +53,7 @@ def stored(
     round_index: int,
     scale_exponent: int,
 ) -> pb.StoredContribution:
-    """Return the noisy mean of these contributions, as the ledger keeps it. Raises UnsoundSum.
+    """Return the noisy mean of these contributions, as the ledger keeps it. Raises UnsoundRound.
 
     Rounding to codes comes after the noise: it tells no more.
     """

@@ -5,10 +5,10 @@ from typing import Any, Final
 
 import numpy as np
 import pytest
-from tests.runs import config_of
-from tests.unit.sequencer.room import Room, rejections
+from tests.runs import IDENTITY, config_of
+from tests.unit.sequencer.room import Room, assert_same, rejections
 
-from lorand import codec
+from lorand import codec, ledger
 from lorand.codec import Codes, Floats
 from lorand.config import RunConfig
 from lorand.v1 import coordination_pb2 as wire
@@ -123,6 +123,17 @@ def test_an_auditor_is_believed_against_the_others() -> None:
     assert not lived(config, flippers, rounds=200).reasons
 
 
+def test_who_points_away_from_the_auditor_is_not_counted_from_the_start() -> None:
+    """Long before it is sent away; without an auditor nobody is doubted."""
+    flippers = dict.fromkeys((4, 7), LIARS["flip"][0])
+    early = lived(watched(), flippers, rounds=conduct.FEWEST_ROUNDS - 1, auditor=1)
+    assert not early.reasons
+    assert early.doubted >= {4, 7}
+    late = lived(watched(), flippers, rounds=100, auditor=1)
+    assert late.doubted == {4, 7} == set(late.reasons)
+    assert not lived(watched(), flippers).doubted
+
+
 # ------------------------------------------------------------- in a run
 
 
@@ -133,6 +144,31 @@ def report(config: RunConfig, round_index: int, worker: int) -> wire.Participate
     if worker == 3:
         codes = np.where(codes < 0, -127, 127)
     packed = codec.pack(config.codec.up, codes)
+    return wire.ParticipateRequest(
+        contribution=pb.Contribution(round_index=round_index, codes=packed)
+    )
+
+
+ROUNDS: Final[dict[str, Any]] = {
+    "run": {"rounds": 40},
+    "estimator": {"directions_per_round": 16},
+    "rounds": {"quorum": 3},
+}
+
+
+def audited() -> RunConfig:
+    """A run of which worker 1 is the auditor; its rounds are restarted from a checkpoint."""
+    return watched(run={"rounds": 40}, service={"auditor": "us", "checkpoint_every": 5})
+
+
+def along(
+    config: RunConfig, round_index: int, worker: int, liars: tuple[int, ...] = (3,)
+) -> wire.ParticipateRequest:
+    """All measure nearly the same, and liars say the contrary."""
+    rng = np.random.default_rng([round_index, worker])
+    values = np.random.default_rng(round_index).normal(0, 20, 16) + rng.normal(0, 2, 16)
+    codes = np.rint(-values if worker in liars else values).astype(np.int64)
+    packed = codec.pack(config.codec.up, np.clip(codes, -127, 127))
     return wire.ParticipateRequest(
         contribution=pb.Contribution(round_index=round_index, codes=packed)
     )
@@ -167,6 +203,56 @@ def test_a_run_goes_on_without_a_worker_and_says_why() -> None:
     assert again.engine.quarantined == {3}
     assert again.findings() == room.sequencer.findings()
     assert rejections(again.connect(3, 0.0)) == told
+
+
+def test_a_commit_names_whom_it_does_not_count_and_repeats_without_a_watch() -> None:
+    """Its codes are those of a run that never heard of worker 3; what that said is kept."""
+    room = Room(audited(), IDENTITY)
+    others = Room(config_of(**ROUNDS), IDENTITY)
+    for name in ("us", "b", "c", "d"):
+        room.join(name)
+        others.join(name)
+    for _ in range(12):
+        engine = room.sequencer.engine
+        for worker in sorted(engine.participants):
+            request = along(room.config, engine.round_index, worker)
+            room.send(worker, request)
+            if worker == 3 and engine.committed:
+                skip = wire.Skip(round_index=engine.round_index, reason="none")
+                request = wire.ParticipateRequest(skip=skip)
+            others.send(worker, request)
+    commits = [ledger.parse(body).commit for body in room.store.entries()]
+    first, *rest = [commit for commit in commits if commit.workers]
+    assert (list(first.workers), list(first.uncounted)) == ([1, 2, 3], [])
+    assert len(rest) == 11
+    assert all((list(c.workers), list(c.uncounted)) == ([1, 2, 3, 4], [3]) for c in rest)
+    assert (room.position.coefficients == others.position.coefficients).all()
+    (finding,) = [f for f in room.sequencer.findings() if f.kind == "not counted 3"]
+    assert "worker 3 (c) is not counted for now: its scalars point away" in finding.text
+    again = room.restart()
+    assert_same(again, room.sequencer)
+    assert again.findings() == room.sequencer.findings()
+    room.config = config_of(**ROUNDS)
+    assert_same(room.restart(), room.sequencer)
+
+
+def test_a_round_that_nobody_counts_in_is_given_up() -> None:
+    """The auditor is away, and everybody pointed away from it before."""
+    room = Room(audited(), IDENTITY)
+    for name in ("us", "b", "c", "d"):
+        room.join(name)
+    for _ in range(3):
+        round_index = room.sequencer.engine.round_index
+        for worker in (1, 2, 3, 4):
+            room.send(worker, along(room.config, round_index, worker, liars=(2, 3, 4)))
+    room.leave(1)
+    round_index = room.sequencer.engine.round_index
+    for worker in (2, 3, 4):
+        room.send(worker, along(room.config, round_index, worker, liars=(2, 3, 4)))
+    room.wait(room.config.rounds.deadline_s)
+    last = ledger.parse(list(room.store.entries())[-1])
+    assert "point away from the auditor's, and it sent none" in last.abandon.reason
+    assert room.sequencer.engine.committed == 3
 
 
 def test_an_operator_lifts_quarantine_by_a_restart_without_it() -> None:

@@ -176,6 +176,20 @@ def test_a_commit_lists_its_workers_in_order(workers: list[int]) -> None:
         ledger.apply(upto(COMMIT), changed(change))
 
 
+@pytest.mark.parametrize("beyond", [(1, 2), (2, 1), (1, 1), (9,)])
+def test_a_commit_counts_some_of_its_workers(beyond: tuple[int, ...]) -> None:
+    """Not all, in order, each once, and only those that it lists."""
+
+    def uncounting(*numbers: int) -> bytes:
+        return changed(lambda entry: entry.commit.uncounted.extend(numbers))
+
+    workers = ledger.parse(BODIES[COMMIT]).commit.workers
+    assert list(workers) == [1, 2]
+    assert ledger.apply(upto(COMMIT), uncounting(2)).committed == 1
+    with pytest.raises(LedgerError, match="does not count workers that it does not list"):
+        ledger.apply(upto(COMMIT), uncounting(*beyond))
+
+
 @pytest.mark.parametrize("codes", [b"", b"\1\2", b"\1\2\3\4", b"\1\2\x80"])
 def test_codes_that_do_not_fit_are_refused(codes: bytes) -> None:
     body = changed(lambda entry: setattr(entry.commit, "codes", codes))

@@ -132,6 +132,7 @@ class Commit(_message.Message):
     DIRECTIONS_FIELD_NUMBER: _builtins.int
     BASIS_FIELD_NUMBER: _builtins.int
     GIVES_UP_SUBSPACE_FIELD_NUMBER: _builtins.int
+    UNCOUNTED_FIELD_NUMBER: _builtins.int
     scale: _builtins.int
     """Quanta one code stands for."""
     codes: _builtins.bytes
@@ -146,11 +147,17 @@ class Commit(_message.Message):
     """From the next period on, directions act on whole tensors again."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Numbers of the workers whose contributions are in it, ascending."""
+        """Numbers of the workers who contributed, ascending."""
 
     @_builtins.property
     def basis(self) -> _containers.RepeatedCompositeFieldContainer[Global___Columns]:
         """Columns that span the next subspaces, of the tensors whose election ended with this round."""
+
+    @_builtins.property
+    def uncounted(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Those of the workers whose contributions are kept and are not in the codes, ascending: so far
+        they pointed away from the auditor's (service.auditor).
+        """
 
     def __init__(
         self,
@@ -163,10 +170,11 @@ class Commit(_message.Message):
         directions: _builtins.int = ...,
         basis: _abc.Iterable[Global___Columns] | None = ...,
         gives_up_subspace: _builtins.bool = ...,
+        uncounted: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "codes", b"codes", "contributions_digest", b"contributions_digest", "directions", b"directions", "gives_up_subspace", b"gives_up_subspace", "scale", b"scale", "scale_exponent", b"scale_exponent", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "codes", b"codes", "contributions_digest", b"contributions_digest", "directions", b"directions", "gives_up_subspace", b"gives_up_subspace", "scale", b"scale", "scale_exponent", b"scale_exponent", "uncounted", b"uncounted", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
