@@ -3,7 +3,7 @@
 The coordinator's sequencer and ledger and every worker's participant are those of a run over the
 network, and each worker has its bench, hence its replica, to itself. Time is virtual: a measurement
 takes as long as its worker is said to take, a message none. Workers read what came for them in
-order, as a session does, so that who is slow measures rounds that are over by then.
+order, as a session does, and leave out rounds that are over by then.
 """
 
 import heapq
@@ -20,6 +20,7 @@ from lorand_coordinator.hub import TICK_S
 from lorand_coordinator.sequencer import Outgoing, Sequencer
 from lorand_coordinator.store import SqliteStore
 from lorand_coordinator.tally import Outcome
+from lorand_worker.inbox import ends
 from lorand_worker.participant import Participant, hello
 
 HALF_S: Final = 0.5
@@ -165,11 +166,18 @@ class World:
                 case "entry":
                     member.participant.on_entry(message.entry)
                 case "round_start":
-                    answer = member.participant.on_round_start(message.round_start)
-                    member.busy_until = self.now + member.takes()
-                    self._at(member.busy_until, partial(self._answer, member, member.lives, answer))
+                    self._answer_to(member, message.round_start)
                 case "rejection":
                     member.participant.counts.rejected += 1
+
+    def _answer_to(self, member: Member, start: wire.RoundStart) -> None:
+        participant, takes = member.participant, 0.0
+        if any(ends(start.round_index, later) for later in member.inbox):
+            answer = participant.sit_out(start.round_index, "it is over")
+        else:
+            answer, takes = participant.on_round_start(start), member.takes()
+        member.busy_until = self.now + takes
+        self._at(member.busy_until, partial(self._answer, member, member.lives, answer))
 
     def _answer(self, member: Member, life: int, answer: wire.ParticipateRequest) -> None:
         if life != member.lives:

@@ -30,6 +30,7 @@ from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import coordination_pb2_grpc as coordination
 from lorand.v1 import ledger_pb2 as pb
 from lorand.v1 import ledger_pb2_grpc as ledger_service
+from lorand_worker.inbox import Inbox
 
 BACKOFF_FIRST_S: Final = 0.2
 BACKOFF_LARGEST_S: Final = 3.0
@@ -302,7 +303,7 @@ class Stream:
     """One open Participate call: iterate over messages, `send` requests, `close` it.
 
     A thread of its own sends heartbeats, and ends the call when the coordinator has been silent
-    for heartbeat_timeout_s while this worker was listening.
+    for heartbeat_timeout_s.
     """
 
     def __init__(
@@ -312,19 +313,17 @@ class Stream:
         self._traffic = traffic
         self._requests: queue.Queue[wire.ParticipateRequest | None] = queue.Queue(REQUESTS_QUEUED)
         self._done = threading.Event()
-        self._heard = time.monotonic()
-        self._listening = False
         self.send(wire.ParticipateRequest(hello=hello))
         self._call = stub.Participate(outgoing(self._requests))
+        self._inbox = Inbox(self._call, self._received)
 
     def __iter__(self) -> Iterator[wire.ParticipateResponse]:
         """Yield the coordinator's messages until it ends the stream."""
-        self._listening = True
-        for message in self._call:
-            self._listening = False
-            self._traffic.received += message.ByteSize()
-            yield from message.batch.messages or (message,)
-            self._heard, self._listening = time.monotonic(), True
+        return iter(self._inbox)
+
+    def is_over(self, round_index: int) -> bool:
+        """Return whether a round has ended by what came while this worker measured."""
+        return self._inbox.is_over(round_index)
 
     def send(self, request: wire.ParticipateRequest) -> None:
         """Queue a request."""
@@ -336,7 +335,7 @@ class Stream:
 
         def beat() -> None:
             while not self._done.wait(interval_s):
-                if self._listening and time.monotonic() - self._heard > timeout_s:
+                if self._inbox.silent_s() > timeout_s:
                     self._call.cancel()
                     return
                 if self._requests.empty():
@@ -348,12 +347,16 @@ class Stream:
         """End the call; safe to call twice."""
         self._done.set()
         self._call.cancel()
+        self._inbox.close()
         try:
             self._requests.put_nowait(None)
         except queue.Full:
             # The call is cancelled, so gRPC no longer drains the queue: make room for the end.
             self._requests.get_nowait()
             self._requests.put_nowait(None)
+
+    def _received(self, size: int) -> None:
+        self._traffic.received += size
 
 
 def _explain(address: str, error: grpc.RpcError) -> str:

@@ -204,6 +204,11 @@ class Participant:
         self._answer = (place, answer)
         return answer
 
+    def sit_out(self, round_index: int, why: str) -> Request:
+        """Return the word that this worker takes no part in a round."""
+        self.counts.skipped += 1
+        return Request(skip=wire.Skip(round_index=round_index, reason=why))
+
     def settle(self) -> None:
         """Bring the weights to the position, so that they can be read."""
         if self._adopted is not self.position.coefficients:
@@ -237,9 +242,7 @@ class Participant:
             measured = self._bench.measure(order)
             coded = self._encode(measured.values, indices, start.scale_exponent)
         except (NonFiniteLoss, ContributionError) as error:
-            self.counts.skipped += 1
-            skip = wire.Skip(round_index=start.round_index, reason=str(error))
-            return Request(skip=skip)
+            return self.sit_out(start.round_index, str(error))
         self.last_loss = measured.loss
         contribution = pb.Contribution(
             round_index=start.round_index,

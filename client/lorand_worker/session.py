@@ -173,8 +173,12 @@ class Session:
                 if self.member is not None:
                     self.member.agree(message.sum_keys.announcements)
             case "round_start":
-                with self.watch(message.round_start.round_index):
-                    request = participant.on_round_start(message.round_start)
+                round_index = message.round_start.round_index
+                if stream.is_over(round_index):
+                    request = participant.sit_out(round_index, "it ended before this worker began")
+                else:
+                    with self.watch(round_index):
+                        request = participant.on_round_start(message.round_start)
                 if request.HasField("skip"):
                     skip = request.skip
                     self.report.note(f"sitting out round {skip.round_index}: {skip.reason}")

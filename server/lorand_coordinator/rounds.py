@@ -239,6 +239,7 @@ def _take(
         case Reported(worker):
             return _report(replace(state, late=state.late - {worker}), event, now)
         case Skipped(worker, round_index):
+            state = replace(state, late=state.late - {worker})
             now_asked = (state.phase, state.round_index) == ("reporting", round_index)
             if now_asked and state.awaits(worker):
                 state = replace(state, skipped=state.skipped | {worker})

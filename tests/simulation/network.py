@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from lorand.v1 import coordination_pb2 as wire
 from lorand_coordinator.hub import Connection, Hub
+from lorand_worker.inbox import ends
 
 if TYPE_CHECKING:
     from tests.simulation.workers import Worker
@@ -51,6 +52,10 @@ class Stream:
         for _ in range(copies):
             done_at = max(self.world.now, self.worker.busy_until)
             self.world.at(done_at, lambda: self._depart(data))
+
+    def is_over(self, round_index: int) -> bool:
+        """Whether what came already ends a round; a batch was taken apart when it was read."""
+        return any(ends(round_index, message) for message in self.inbox)
 
     def keep_alive(self, interval_s: float, timeout_s: float) -> None:
         """Send heartbeats from now on, but for the time of a pause."""
