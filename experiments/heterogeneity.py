@@ -199,7 +199,7 @@ def summary(link: str) -> Iterator[str]:
     runs = sum(len(reported(row)) for row in rows())
     yield f"At the end of each of the {runs} runs the replicas of all ten workers had the same"
     yield "bits. Who is slower than the deadline adds nothing and costs the others the wait for it:"
-    yield "its answers come too late, and it goes on to measure rounds that are over by then. Who"
+    yield "its answers come too late, and it goes on with the newest round. Who"
     yield "is cut off loses the answer it was at and is waited for until the deadline: fewer answer"
     yield "than are there."
     yield ""
