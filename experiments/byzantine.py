@@ -5,7 +5,7 @@ computed once) by forward passes alone: 8 shared directions a round, int8 codes.
 in every round and together, knowing what the honest ones report. Scored: the loss on the pooled
 tenths held out of the three domains (300 sentences), against the plain mean without attackers.
 
-    python -m experiments.byzantine                      # everything, 3 seeds
+    python -m experiments.byzantine                      # everything, 5 seeds
     python -m experiments.byzantine --tune               # learning rates, on training sentences
 
 `alike` deals the sentences at random; `skewed` gives each worker nine tenths of one label. Where
@@ -313,7 +313,7 @@ def report() -> str:
         clean = [last[name_of("mean", split, CLEAN, 0), seed] for seed in SEEDS]
         lines += [
             f"{split}: loss of the clean mean {statistics.fmean(clean):.4f}; others in per cent of "
-            "it above, mean of 3 seeds (and the worst); **bold** within 5 %",
+            f"it above, mean of {len(SEEDS)} seeds (and the worst); **bold** within 5 %",
             "",
             "| attack | " + " | ".join(RULES) + " |",
             "|---" * (len(RULES) + 1) + "|",

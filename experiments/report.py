@@ -338,7 +338,8 @@ def tuning() -> Iterator[str]:
 def liars() -> Iterator[str]:
     """Yield the loss with attackers, by rule, and what unlike workers cost."""
     yield from ["## Liars, and workers that are not alike", ""]
-    yield "Loss above that of a mean without attackers, ten workers with data alike, 3 seeds"
+    seeds = len(byzantine.SEEDS)
+    yield f"Loss above that of a mean without attackers, ten workers with data alike, {seeds} seeds"
     yield f"({link('byzantine')}, which has skewed data, too; [robustness.md](robustness.md)):"
     rules = [rule for rule in byzantine.RULES if rule != byzantine.ALONE]
     yield from ["", "| attack | " + " | ".join(rules) + " |", "|---" * (len(rules) + 1) + "|"]
