@@ -102,7 +102,15 @@ class Gate(grpc.aio.ServerInterceptor):
                 if not self._open[peer]:
                     del self._open[peer]
 
-        return call
+        async def freed(requests: AsyncIterator[Any], context: Context) -> None:
+            try:
+                await call(requests, context)
+            except grpc.aio.AbortError as error:
+                # gRPC has it, and raises it again. It and its call would keep each other, and count
+                # among the calls of its connection, until garbage is collected.
+                error.__traceback__ = error.__context__ = None
+
+        return freed
 
     async def _check(self, peer: str, context: Context) -> None:
         """End a call that is one too many."""

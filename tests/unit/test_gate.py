@@ -1,6 +1,7 @@
 """What a coordinator bounds before it looks at a call, with real sockets."""
 
 import asyncio
+import gc
 import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -123,6 +124,20 @@ def test_an_open_call_counts_until_its_answer_was_read() -> None:
         assert b"2 calls are open: come back later" in payload
         with caller(server.address) as echo:
             assert echo(b"x") == b"x"
+
+
+def test_refused_calls_are_none_that_a_connection_has_open() -> None:
+    """However long garbage is not collected: gRPC resets those above its connection's bound."""
+    gc.collect()
+    gc.disable()
+    try:
+        with served(burst=1.0) as server, caller(server.address) as echo:
+            assert echo(b"x") == b"x"
+            for _ in range(3 * transport.STREAMS):
+                with pytest.raises(grpc.RpcError, match="more than 1 calls a second"):
+                    echo(b"x")
+    finally:
+        gc.enable()
 
 
 def test_all_calls_together_are_bounded() -> None:
