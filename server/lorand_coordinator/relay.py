@@ -21,6 +21,12 @@ from lorand_coordinator.identity.access import PERMITTED
 from lorand_coordinator.identity.admission import LOCAL, Admission
 
 Context = grpc.aio.ServicerContext[Any, Any]
+LOST: Final = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNAUTHENTICATED,
+)
+"""What is no answer to the caller. The last one: the leader does not know this coordinator."""
 Connect = Callable[[str], grpc.aio.Channel]
 """Opens a channel to a leader's HOST:PORT. May raise LorandError."""
 _OPTIONS: Final = (
@@ -137,9 +143,9 @@ class Relay(grpc.GenericRpcHandler):
     async def _hand_back(
         self, error: grpc.aio.AioRpcError, line: _Line, leader: str, context: Context
     ) -> NoReturn:
-        """End a call as the leader did; where it was lost, with UNAVAILABLE."""
+        """End a call as the leader did; where it was lost between the two, with UNAVAILABLE."""
         code, details = error.code(), error.details() or ""
-        if code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        if code not in LOST:
             await context.abort(code, details, tuple(error.trailing_metadata()))
         if line in self._lines:
             self._lines.remove(line)  # the next call is tried on a connection of its own

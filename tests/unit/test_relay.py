@@ -59,7 +59,8 @@ class Leader(grpc.GenericRpcHandler):
 
     async def refuse(self, request: bytes, context: Context) -> NoReturn:
         pushback = (transport.PUSHBACK, "70")
-        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many of them", (pushback,))
+        code = grpc.StatusCode[request.decode() or "RESOURCE_EXHAUSTED"]
+        await context.abort(code, "too many of them", (pushback,))
 
     async def hang(self, request: bytes, context: Context) -> bytes:
         self.hanging, self.remaining = self.hanging + 1, context.time_remaining()
@@ -198,6 +199,24 @@ def test_a_refusal_comes_back_as_it_was(served: Coordinators) -> None:
     assert dict(error.trailing_metadata())[transport.PUSHBACK] == "70"
     assert link._explain(served.front, error) == "resource_exhausted: too many of them"
     assert len(served.relay) == 1, "the connection is as good as before"
+
+
+@pytest.mark.parametrize("code", ["UNAUTHENTICATED", "CANCELLED", "UNAVAILABLE"])
+def test_what_is_between_coordinators_is_no_reason_to_leave(
+    served: Coordinators, code: str
+) -> None:
+    """The caller has shown its certificate here: a leader that misses one means this coordinator.
+
+    One of an older release does, which takes no calls that are passed on.
+    """
+    with channel(served.front) as through:
+        error = failure(lambda: unary(through, REFUSE, code.encode()))
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        assert error.details() == (
+            f"this coordinator stands by: {served.addresses[0]} leads; too many of them"
+        )
+        assert link._explain(served.front, error).startswith("unavailable: ")
+        assert echo(through) == b"a x"
 
 
 def test_what_no_member_may_call_is_passed_to_nobody(served: Coordinators) -> None:

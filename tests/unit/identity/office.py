@@ -107,8 +107,12 @@ def opened(folder: Path, config: RunConfig | None = None) -> Iterator[Office]:
 
 
 @contextmanager
-def standing_by(office: Office, admission: Admission | None = None) -> Iterator[str]:
-    """Pass calls on to an office's coordinator, as one that stands by does; yield the address.
+def standing_by(
+    office: Office, admission: Admission | None = None, leader: str = ""
+) -> Iterator[str]:
+    """Pass calls on to an office's coordinator, or another's, as one that stands by does.
+
+    Yields the address.
 
     With its identity folder, opened once more, or with another `admission`, closed at the end.
 
@@ -120,7 +124,7 @@ def standing_by(office: Office, admission: Admission | None = None) -> Iterator[
 
     async def serve() -> str:
         address = await stack.enter_async_context(waiting.served())
-        await waiting.hear("another leads", office.address)
+        await waiting.hear("another leads", leader or office.address)
         return address
 
     def do(work: Coroutine[Any, Any, _Result]) -> _Result:

@@ -281,6 +281,16 @@ def test_a_leader_with_another_identity_folder_is_no_reason_to_leave(
         )
 
 
+def test_a_call_is_passed_on_once(office: Office, front: str, tmp_path: Path) -> None:
+    """By a coordinator that believes another to lead, which stands by, too."""
+    mine = office.member(tmp_path, "twice")
+    with standing_by(office, leader=front) as first, credentials.channel(first, mine) as channel:
+        with pytest.raises(grpc.RpcError, match="stands by: another leads") as caught:
+            get_run(channel)
+        assert isinstance(caught.value, grpc.Call)
+        assert caught.value.code() == Code.UNAVAILABLE
+
+
 def test_nothing_is_passed_on_unencrypted() -> None:
     with pytest.raises(ConfigError, match="not this machine"):
         connecting(None)("coordinator.example:7700")
