@@ -62,12 +62,6 @@ class _Line:
     channel: grpc.aio.Channel
     calls: set[grpc.aio.Call] = field(default_factory=set)
 
-    async def end(self) -> None:
-        """End its calls, and close it."""
-        for call in self.calls:
-            call.cancel()
-        await self.channel.close()
-
 
 class Relay(grpc.GenericRpcHandler):
     """Handles the calls of members that no other handler of a server takes."""
@@ -91,7 +85,9 @@ class Relay(grpc.GenericRpcHandler):
             return
         self._leader, before, self._lines = leader, self._lines, []
         for line in before:
-            await line.end()
+            for call in line.calls:
+                call.cancel()
+            await self._close_unused(line)
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of a method that members have; None: there is none."""
@@ -128,8 +124,7 @@ class Relay(grpc.GenericRpcHandler):
         finally:
             call.cancel()
             line.calls.discard(call)
-            if line not in self._lines and not line.calls:
-                await line.channel.close()
+            await self._close_unused(line)
 
     def _line(self) -> _Line:
         """Return a connection that may have another call. May raise LorandError."""
@@ -139,6 +134,14 @@ class Relay(grpc.GenericRpcHandler):
         line = _Line(self._connect(self._leader))
         self._lines.append(line)
         return line
+
+    async def _close_unused(self, line: _Line) -> None:
+        """Close a connection with its last call, unless others may come.
+
+        Each by itself: gRPC looks for calls in all tasks there are.
+        """
+        if line not in self._lines and not line.calls:
+            await line.channel.close()
 
     async def _hand_back(
         self, error: grpc.aio.AioRpcError, line: _Line, leader: str, context: Context
