@@ -85,6 +85,8 @@ class Link:
         self.traffic = Traffic()
         self.signs = False
         """Whether the coordinator signs its ledger, as it said last."""
+        self._several = len(self._addresses) > 1
+        """Whether the run has several coordinators."""
         self._give_up_s = give_up_s
         self._stopped = threading.Event()
         self._channel: grpc.Channel | None = None
@@ -128,8 +130,8 @@ class Link:
         Raises ConnectionLost after give_up_s without success, HandshakeError when the coordinator
         answered but kept sending this worker away, Stopped after `stop`; the time starts anew after
         an attempt that lasted. Raises Behind at once where there is one coordinator. One of several
-        may have led before it slept, and not know yet who leads now: the next is tried, for
-        BEHIND_S.
+        may have led before it slept, and not know yet who leads now: the next is tried, or the same
+        again, for BEHIND_S.
         """
         tries, since = 0, time.monotonic()
         behind_since: float | None = None
@@ -141,7 +143,7 @@ class Link:
                 why, answered = str(error), True
             except Behind:
                 behind_since = behind_since or began
-                if len(self._addresses) == 1 or began - behind_since > BEHIND_S:
+                if not self._several or began - behind_since > BEHIND_S:
                     raise
                 why = f"{self._addresses[0]} shows an older history than was seen"
                 answered = behind = True
@@ -197,6 +199,7 @@ class Link:
                 f"{PROTOCOL_VERSION}; install the same release of lorand on both"
             )
         self.signs = SIGNS in answer.features
+        self._several = len(self._addresses) > 1 or transport.SEVERAL in answer.features
         identity = Identity.from_lock(answer.identity) if answer.identity else None
         return RunConfig.from_json(answer.config), identity
 

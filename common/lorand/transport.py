@@ -13,6 +13,8 @@ MAX_MESSAGE_BYTES: Final = BASE_MESSAGE_BYTES + (9 << 20)
 """Largest message of any run: K = 2^20 numbers of eight bytes, and a manifest of many names."""
 BATCH: Final = "batch"
 """The feature of workers that take several messages at once."""
+SEVERAL: Final = "several"
+"""The feature of one of several coordinators, which may have slept while another led."""
 METADATA_BYTES: Final = 16 << 10
 PUSHBACK: Final = "grpc-retry-pushback-ms"
 """With it, RESOURCE_EXHAUSTED means: come back later (gRPC's proposal A6)."""

@@ -28,6 +28,7 @@ from lorand_coordinator import (
     history,
     identity_cli,
     ledger_cli,
+    ledgers,
     payoff,
     preflight,
     presets,
@@ -38,6 +39,7 @@ from lorand_coordinator import (
 )
 from lorand_coordinator.identity_cli import CredentialsFile, HostNames, IdentityFolder, Insecure
 from lorand_coordinator.monitoring import Asked, Monitor
+from lorand_coordinator.service import SERVED
 
 EXIT_CODES = """Exit codes: 0 done; 2 wrong run file or flag; 5 refused; 6 ledger damaged, in use or
 of another run; 7 coordinator not reached; 1 anything else; 130 interrupted."""
@@ -101,6 +103,14 @@ def serve(
             "of one. Default: beside the ledger, or beside the run file."
         ),
     ] = None,
+    advertise: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Several coordinators: where the others reach this one, to pass calls on to it "
+            "while it leads. Default: the address, with this machine's name for 0.0.0.0.",
+        ),
+    ] = "",
     roster: Annotated[
         Path | None,
         typer.Option(help="Secure sums: the members' roster; default: roster.json by the run."),
@@ -128,8 +138,7 @@ def serve(
     if address:
         service = config.service.model_copy(update={"address": address})
         config = config.model_copy(update={"service": service})
-    identity_cli.check_addresses(config, insecure)
-    serving.check_descriptors(config)
+    identity_cli.check_addresses(config, insecure, advertise)
     beside = run.with_name(config.run.name)
     asked = Asked(
         page=page,
@@ -141,6 +150,7 @@ def serve(
     asked.check()
     identity = run_lock.read(run, config)
     location = ledger_at or config.service.ledger or run.with_name(f"{config.run.name}.ledger")
+    serving.check_descriptors(config, several=ledgers.in_database(location))
     served = serving.Serving(
         config=config,
         ledger=location,
@@ -148,6 +158,7 @@ def serve(
         # What is wrong with the roster or the noise is told now, not when somebody leads.
         summing=serving.summing_of(config, roster or run.with_name("roster.json")),
         signing_key=signing_key or serving.key_by(config, location, run),
+        advertised=advertise,
         monitor=Monitor(config, location, asked),
         json_output=json_output,
     )
@@ -205,6 +216,13 @@ def _not_reached(address: str, error: grpc.RpcError) -> ConnectionLost:
 @app.command()
 def health(
     address: Address = "127.0.0.1:7700",
+    through: Annotated[
+        bool,
+        typer.Option(
+            "--through",
+            help="Exit 0 also where a coordinator stands by and passes calls on to one that leads.",
+        ),
+    ] = False,
     credentials_file: CredentialsFile = None,
     insecure: Insecure = False,
     json_output: Json = False,
@@ -214,7 +232,8 @@ def health(
     with credentials.channel(address, shown) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         try:
-            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
+            asked = health_pb2.HealthCheckRequest(service=SERVED if through else "")
+            answer = stub.Check(asked, timeout=TIMEOUT_S)
         except grpc.RpcError as error:
             raise _not_reached(address, error) from error
     serving = answer.status == health_pb2.HealthCheckResponse.SERVING

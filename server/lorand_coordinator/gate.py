@@ -1,7 +1,8 @@
 """Before every call of a server: how many a peer may make, and how many be open.
 
 A peer is who its certificate says; without certificates, at the port for enrolment, its address,
-and with --insecure, where all are on this machine, its connection.
+and with --insecure, where all are on this machine, its connection. A call that a coordinator passed
+on is its caller's, not that coordinator's.
 """
 
 import asyncio
@@ -21,6 +22,7 @@ import grpc
 from lorand import transport
 from lorand.config import RunConfig
 from lorand_coordinator import limits
+from lorand_coordinator.identity import callers
 from lorand_coordinator.limits import Buckets
 
 LOGGED_EVERY_S: Final = 60.0
@@ -102,7 +104,15 @@ class Gate(grpc.aio.ServerInterceptor):
                 if not self._open[peer]:
                     del self._open[peer]
 
-        return call
+        async def freed(requests: AsyncIterator[Any], context: Context) -> None:
+            try:
+                await call(requests, context)
+            except grpc.aio.AbortError as error:
+                # gRPC has it, and raises it again. It and its call would keep each other, and count
+                # among the calls of its connection, until garbage is collected.
+                error.__traceback__ = error.__context__ = None
+
+        return freed
 
     async def _check(self, peer: str, context: Context) -> None:
         """End a call that is one too many."""
@@ -140,6 +150,9 @@ class Gate(grpc.aio.ServerInterceptor):
 
 def who(context: Context, *, by_address: bool = False) -> str:
     """Return whose share a call is of."""
+    passed = None if by_address else callers.passed_on(context)
+    if passed and (share := callers.share(passed)) is not None:
+        return share
     identities = context.peer_identities()
     if identities:
         return b" ".join(identities).decode(errors="replace")

@@ -82,8 +82,14 @@ class Hub:
         self,
         sequencer: Sequencer,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        several: bool = False,
     ) -> None:
-        """`clock` is monotonic seconds; wall clocks are never compared."""
+        """`clock` is monotonic seconds; wall clocks are never compared.
+
+        `several` says that other coordinators stand by.
+        """
+        self.several = several
         self.sequencer = sequencer
         self.config: RunConfig = sequencer.config
         self.clock = clock

@@ -12,7 +12,7 @@ from lorand import transport
 from lorand.config import RunConfig, load
 from lorand.credentials import Role
 from lorand.errors import ConfigError
-from lorand_coordinator.identity.admission import Admission
+from lorand_coordinator.identity.admission import EVERYWHERE, Admission
 from lorand_coordinator.identity.members import Listed
 
 WARN_DAYS: Final = 14
@@ -56,10 +56,20 @@ def folder(config: RunConfig, run: Path, given: Path | None) -> Path:
     return given or run.with_name(f"{config.run.name}.identity")
 
 
-def check_addresses(config: RunConfig, insecure: bool) -> None:
-    """Raise ConfigError when the run cannot, or with --insecure must not, be served there."""
+def check_addresses(config: RunConfig, insecure: bool, advertised: str = "") -> None:
+    """Raise ConfigError when the run cannot, or with --insecure must not, be served there.
+
+    Or when other coordinators cannot reach this one where it is `advertised`, if it is.
+    """
     host, _ = transport.split(config.service.address)
     transport.split(enrolment_address(config))
+    if advertised:
+        where, port = transport.split(advertised)
+        if where in EVERYWHERE or not port or (insecure and not transport.is_loopback(where)):
+            raise ConfigError(
+                f"--advertise {advertised}: give the name or address and the port at which the "
+                "other coordinators reach this one; with --insecure, 127.0.0.1 and the port"
+            )
     if insecure and not transport.is_loopback(host):
         raise ConfigError(
             f"--insecure serves this machine alone, and {host} is reached from others: leave the "

@@ -31,6 +31,8 @@ from lorand_coordinator.store import StoreUnavailable
 HELLO_TIMEOUT_S: Final = 10.0
 FOLLOW_POLL_S: Final = 1.0
 FEATURES: Final = ("checkpoint", "evaluation")
+SERVED: Final = "lorand.v1.CoordinationService"
+"""Whose health says whether members are served here, by this coordinator or through it."""
 SIGNS: Final = "heads"
 """The feature of a coordinator that signs its ledger."""
 
@@ -52,7 +54,11 @@ class Coordination(coordination.CoordinationServiceServicer):
             protocol_version=PROTOCOL_VERSION,
             config=self._hub.config.to_json(),
             identity=identity.to_lock() if identity else "",
-            features=(*FEATURES, SIGNS) if self._hub.sequencer.key else FEATURES,
+            features=(
+                *FEATURES,
+                *((SIGNS,) if self._hub.sequencer.key else ()),
+                *((transport.SEVERAL,) if self._hub.several else ()),
+            ),
         )
 
     async def Participate(
@@ -314,7 +320,8 @@ async def serve(
         watches.append(admits.watch)
     for each in servers:
         await each.start()
-    await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
+    for name in ("", SERVED):
+        await healthy.set(name, health_pb2.HealthCheckResponse.SERVING)
     tasks = [asyncio.create_task(watch()) for watch in watches]
     on_ready(transport.join(transport.split(address)[0], port), enrolled_at)
     try:
@@ -323,7 +330,8 @@ async def serve(
         hub.draining = True
         for task in tasks:
             task.cancel()
-        await healthy.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        for name in ("", SERVED):
+            await healthy.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         for connection in list(hub.connections.values()):
             hub.drop(connection, "the coordinator is shutting down")
         await asyncio.gather(*(each.stop(hub.config.service.drain_s) for each in servers))

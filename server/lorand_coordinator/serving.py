@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Final
 
@@ -50,6 +51,8 @@ class Serving:
     identity: Identity | None
     summing: MakeSumming
     signing_key: Path
+    advertised: str
+    """See `standby.Coordinator`."""
     monitor: Monitor
     json_output: bool
 
@@ -59,9 +62,14 @@ class Serving:
         sys.stdout.flush()
 
 
-def check_descriptors(config: RunConfig) -> None:
-    """See that as many connections as are let in can be open. Raises ConfigError."""
-    needed = transport.most_connections(config) + enrolment.MAX_CALLS + DESCRIPTORS
+def check_descriptors(config: RunConfig, *, several: bool) -> None:
+    """See that as many connections as are let in can be open. Raises ConfigError.
+
+    One of `several` coordinators passes all their calls on, on connections of its own.
+    """
+    connections = transport.most_connections(config)
+    needed = connections + enrolment.MAX_CALLS + DESCRIPTORS
+    needed += ceil(connections / transport.STREAMS) if several else 0
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
@@ -185,5 +193,7 @@ async def _share(serving: Serving, admission: Admission | None) -> None:
         serving.out(content, f"run {name!r}, {address}: {event}; {text}")
 
     async with monitor.running():
-        coordinator = standby.Coordinator(serving.config, take_over, tell, admission, monitor)
+        coordinator = standby.Coordinator(
+            serving.config, take_over, tell, admission, monitor, serving.advertised
+        )
         await standby.serve(coordinator, _interrupted())

@@ -1,9 +1,10 @@
 """Several coordinators of one run: one leads, the others stand by and take over.
 
 All of them serve the same addresses throughout. Who stands by answers calls for its status, and
-everything else with "unavailable", so that a worker tries the next address it was given. Once a
-second it tries to take the run over, which succeeds when the leader's session with the database has
-ended. A leader that learns that another took over stands by again.
+passes all others on to the leader; where it knows none the answer is "unavailable", so that a
+worker tries the next address it was given, or the same again. Once a second it tries to take the
+run over, which succeeds when the leader's session with the database has ended. A leader that learns
+that another took over stands by again.
 """
 
 import asyncio
@@ -13,9 +14,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
-import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from lorand import transport
@@ -23,11 +23,12 @@ from lorand.config import RunConfig
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
 from lorand_coordinator.hub import Hub, log
-from lorand_coordinator.identity.admission import Admission
+from lorand_coordinator.identity.admission import EVERYWHERE, Admission
 from lorand_coordinator.identity_cli import enrolment_address
 from lorand_coordinator.monitoring import Monitor
+from lorand_coordinator.relay import Relay, connecting
 from lorand_coordinator.sequencer import Sequencer
-from lorand_coordinator.service import Context, bind, gated
+from lorand_coordinator.service import SERVED, Context, bind, gated
 from lorand_coordinator.service import serve as serve_hub
 from lorand_coordinator.store import StoreUnavailable
 from lorand_coordinator.store_postgres import LEASE_S, InUse, PostgresStore, TakenOver
@@ -55,6 +56,8 @@ class Coordinator:
     """Lets members alone through, from an identity folder that all coordinators share."""
     monitor: Monitor | None = None
     """Shows what this coordinator does."""
+    advertised: str = ""
+    """HOST:PORT at which the other coordinators reach it; empty: where it is bound."""
 
 
 async def serve(coordinator: Coordinator, until: asyncio.Event) -> None:
@@ -73,19 +76,27 @@ async def serve(coordinator: Coordinator, until: asyncio.Event) -> None:
             if not heard:
                 coordinator.tell("listening", address, "standing by until nobody leads")
             heard = True
-            leader = f"{socket.gethostname()}:{address.rpartition(':')[2]}"
-            take_over = partial(coordinator.take_over, config, leader)
+            take_over = partial(coordinator.take_over, config, reached_at(coordinator, address))
             sequencer = await _turn(take_over, waiting, until, coordinator.monitor)
         if sequencer is not None:
             await _lead(sequencer, coordinator, until)
 
 
+def reached_at(coordinator: Coordinator, bound: str) -> str:
+    """Return the HOST:PORT at which others reach a coordinator that is bound to one."""
+    host, port = transport.split(bound)
+    this = socket.gethostname() if host in EVERYWHERE else host
+    return coordinator.advertised or transport.join(this, port)
+
+
 class _Waiting:
-    """What a coordinator that stands by answers."""
+    """What a coordinator that stands by answers, and passes on."""
 
     def __init__(self, config: RunConfig, admission: Admission | None) -> None:
         self._config, self._admission = config, admission
-        self.reason = "asking the database who leads"
+        self.reason, self.leader = "asking the database who leads", ""
+        self._relay = Relay(connecting(admission))
+        self._health = health.aio.HealthServicer()
 
     @asynccontextmanager
     async def served(self) -> AsyncIterator[str]:
@@ -93,18 +104,29 @@ class _Waiting:
         admits = None if self._admission is None else self._admission.access()
         server = gated(self._config, admits)
         status_service.add_StatusServiceServicer_to_server(_Status(self, self._config), server)
-        healthy = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-        await healthy.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
-        server.add_generic_rpc_handlers((_Elsewhere(self),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        server.add_generic_rpc_handlers((self._relay,))
         asked = self._config.service.address
         shown = None if self._admission is None else self._admission.server_credentials(ask=True)
         address = transport.join(transport.split(asked)[0], bind(server, asked, shown))
+        await self.hear(self.reason, "")
         await server.start()
+        watching = [] if admits is None else [asyncio.create_task(admits.watch())]
         try:
             yield address
         finally:
+            for task in watching:
+                task.cancel()
             await server.stop(0)
+            await self.hear(self.reason, "")
+
+    async def hear(self, reason: str, leader: str) -> None:
+        """Pass calls on to this leader from now on; empty: to nobody, and say why."""
+        self.reason, self.leader = reason, leader
+        await self._relay.follow(leader, reason)
+        answer = health_pb2.HealthCheckResponse
+        await self._health.set(SERVED, answer.SERVING if leader else answer.NOT_SERVING)
 
 
 class _Status(status_service.StatusServiceServicer):
@@ -118,22 +140,6 @@ class _Status(status_service.StatusServiceServicer):
         run = self._config.run
         return status.GetStatusResponse(
             name=run.name, phase=PHASE, reason=self._waiting.reason, rounds=run.rounds
-        )
-
-
-class _Elsewhere(grpc.GenericRpcHandler):
-    """Answers every call that nobody else answers: it is the leader's."""
-
-    def __init__(self, waiting: _Waiting) -> None:
-        self._waiting = waiting
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
-        """Return a handler; one of streams takes calls of all kinds."""
-        return grpc.stream_stream_rpc_method_handler(self._refuse)
-
-    async def _refuse(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        await context.abort(
-            grpc.StatusCode.UNAVAILABLE, f"this coordinator stands by: {self._waiting.reason}"
         )
 
 
@@ -151,7 +157,9 @@ async def _turn(
         except (InUse, StoreUnavailable) as error:
             if str(error) != waiting.reason:
                 log.info("standing by: %s", error)
-            waiting.reason = str(error)
+            # Who leads may be reached by members while the database is not by this coordinator.
+            leader = error.leader if isinstance(error, InUse) else waiting.leader
+            await waiting.hear(str(error), leader)
         if monitor is not None:
             monitor.rest(waiting.reason)
         await _pause(until)
@@ -167,7 +175,7 @@ async def _lead(sequencer: Sequencer, coordinator: Coordinator, until: asyncio.E
     key = sequencer.key.public.hex() if sequencer.key else "nobody"
     text = f"epoch {store.epoch}, {done}, {len(store)} entries, signed by {key}"
     watch = asyncio.create_task(_watch(store, until, over))
-    hub = Hub(sequencer)
+    hub = Hub(sequencer, several=True)
     if coordinator.monitor is not None:
         coordinator.monitor.lead(hub)
     try:

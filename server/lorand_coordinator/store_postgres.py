@@ -59,7 +59,12 @@ DELETE FROM checkpoint WHERE run = %s AND sequence NOT IN
 
 
 class InUse(LedgerError):
-    """Another coordinator leads the run."""
+    """Another coordinator leads the run, and is reached at `leader`; empty: it does not say."""
+
+    def __init__(self, text: str, leader: str) -> None:
+        """`leader` is its HOST:PORT."""
+        super().__init__(text)
+        self.leader = leader
 
 
 class TakenOver(StoreUnavailable):
@@ -75,9 +80,9 @@ class PostgresStore:
         """Take the run over, or only read it.
 
         `url` is libpq's, with the run's name behind a `#` where `run` does not give it; a reader
-        may leave it out where the database holds one run. `leader` is what others are told of who
-        leads. Raises InUse when another coordinator does, StoreUnavailable when the server cannot
-        be reached, LedgerError when the ledger is damaged or not there.
+        may leave it out where the database holds one run. `leader` is the HOST:PORT at which others
+        reach who leads. Raises InUse when another coordinator does, StoreUnavailable when the
+        server cannot be reached, LedgerError when the ledger is damaged or not there.
         """
         url, _, fragment = url.partition("#")
         self.signer: Signer | None = None
@@ -136,7 +141,7 @@ class PostgresStore:
         (locked,) = connection.execute(_LOCK, (self._run,)).fetchone() or (False,)
         if self._epoch is None:
             if not locked:
-                raise InUse(self._in_use(connection))
+                raise self._in_use(connection)
             connection.execute(_LEASE, (f"{OPENING_S}s",))
             postgres.migrate(connection)
             row = connection.execute(_TAKE_OVER, (self._run, self._leader)).fetchone()
@@ -153,12 +158,13 @@ class PostgresStore:
             )
         connection.execute(_LEASE, (f"{LEASE_S}s",))
 
-    def _in_use(self, connection: postgres.Connection) -> str:
+    def _in_use(self, connection: postgres.Connection) -> InUse:
         row = connection.execute(
             "SELECT leader, epoch FROM run WHERE name = %s", (self._run,)
         ).fetchone()
-        leader, epoch = row or ("another coordinator", 0)
-        return f"{leader or 'another coordinator'} leads run {self._run!r} (epoch {epoch})"
+        leader, epoch = row or ("", 0)
+        text = f"{leader or 'another coordinator'} leads run {self._run!r} (epoch {epoch})"
+        return InUse(text, leader)
 
     def _taken_over(self) -> TakenOver:
         return TakenOver(

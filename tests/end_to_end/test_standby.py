@@ -15,9 +15,13 @@ from tests import tiny
 from tests.commands import Command, MakeRoom, Nursery, Room, free_port, start, status, wait_for
 from tests.journal import Compared, Journal, compare, rows_of
 from tests.postgres import Server
+from tests.unit.identity.office import certified
 
+from lorand.credentials import Credentials, Role, Subject
 from lorand.heads import KeptHead
 from lorand_coordinator import signing, verification
+from lorand_coordinator.identity.admission import Admission
+from lorand_coordinator.identity.members import Peer
 
 pytestmark = pytest.mark.postgres
 
@@ -37,11 +41,23 @@ def settings(rounds: int, **service: Any) -> tiny.Settings:
 
 
 class Several:
-    """A run with several coordinators and three workers, and what was seen from outside."""
+    """A run with several coordinators and three workers, and what was seen from outside.
 
-    def __init__(self, room: Room, nursery: Nursery, postgres: Server) -> None:
-        """Start everything."""
-        self.room, self.postgres = room, postgres
+    Where the room is not insecure, workers are members.
+    """
+
+    def __init__(
+        self, room: Room, nursery: Nursery, postgres: Server, *, one_each: bool = False
+    ) -> None:
+        """Start everything; with `one_each` each worker knows another coordinator alone."""
+        self.room, self.postgres, self._one_each = room, postgres, one_each
+        self.admission: Admission | None = None
+        self.shown: Credentials | None = None
+        if not room.insecure:
+            folder = room.folder / f"{room.config.run.name}.identity"
+            self.admission = Admission.create_or_open(folder, room.config.run.name)
+            self.admission.certify("127.0.0.1:0", [])
+            self.shown = Credentials.read(folder / "operator.pem")
         self.location = f"{postgres.url}#{room.config.run.name}"
         self.addresses = [f"127.0.0.1:{free_port()}" for _ in range(COORDINATORS)]
         self.seen = Journal(room.folder / "outside.journal")
@@ -64,9 +80,22 @@ class Several:
 
     def _join(self, name: str) -> Command:
         room, journal = self.room, self.journals[name].path
-        given = room.flagged(*room.join_arguments(",".join(self.addresses), name))
+        number = list(tiny.DOMAINS).index(name)
+        known = [self.addresses[number]] if self._one_each else self.addresses
+        given = room.flagged(*room.join_arguments(",".join(known), name), *self._member(name))
         fork = partial(self._nursery.fork, room.folder, self._log(name), "lr-worker", *given)
         return self._stack.enter_context(fork(journal=journal))
+
+    def _member(self, name: str) -> tuple[object, ...]:
+        """Make a member of a worker where there are any; return the flags of its command."""
+        if self.admission is None:
+            return ()
+        path = self.room.folder / f"{name}.pem"
+        if not path.exists():
+            subject = Subject(self.room.config.run.name, Role.WORKER, name)
+            made = certified(path, self.admission.authority, subject)
+            self.admission.members.admit(Peer.of(made.certificate))
+        return "--credentials", path
 
     def kill(self, address: str) -> None:
         """Kill a coordinator and give the same command again."""
@@ -81,7 +110,7 @@ class Several:
     def look(self) -> int:
         """Return the committed rounds, and keep the head that was shown; -1 without a leader."""
         for address in self.addresses:
-            answer = status(address)
+            answer = status(address, self.shown)
             if answer is not None and answer.phase != "standing by":
                 if answer.entries:
                     self.seen.saw(answer.entries, answer.head.hex())
@@ -97,6 +126,8 @@ class Several:
     def close(self) -> None:
         """End everything."""
         self._stack.close()
+        if self.admission is not None:
+            self.admission.close()
 
     def check(self) -> None:
         """Assert the invariants after the end of a run; every worker must have finished."""
@@ -216,6 +247,49 @@ def test_commands_on_a_run_in_a_database(
         postgres.execute("DROP SCHEMA IF EXISTS lorand CASCADE")
 
 
+def test_workers_that_know_one_coordinator_each_outlive_the_leader(
+    make_room: MakeRoom, nursery: Nursery, postgres: Server
+) -> None:
+    """Two of three are passed on all the time, and after a kill others than before."""
+    room = make_room(settings(80)).lock()
+    several = Several(room, nursery, postgres, one_each=True)
+    try:
+        break_things(several, ["leader"], random.Random(SEED))
+        assert several.look() < 80
+        several.check()
+        assert len(set(several.leaders)) == 2
+    finally:
+        several.close()
+        postgres.execute("DROP SCHEMA IF EXISTS lorand CASCADE")
+
+
+def test_members_take_part_through_any_coordinator_until_they_are_revoked(
+    make_room: MakeRoom, nursery: Nursery, postgres: Server
+) -> None:
+    room = make_room(settings(100_000)).lock()
+    room.insecure = False
+    several = Several(room, nursery, postgres, one_each=True)
+    try:
+        wait_for(lambda: several.reached(3), "it goes on")
+        leader = several.leaders[-1]
+        names = dict(zip(several.addresses, tiny.DOMAINS, strict=True))
+        other, through = next(pair for pair in names.items() if pair[0] != leader)
+        assert several.admission is not None
+        shown = ("--credentials", several.admission.folder / "operator.pem")
+        answer = room.once("lr-coordinator", "health", other, "--through", *shown)
+        assert answer == {"serving": True}
+        began = time.monotonic()
+        several.admission.members.revoke(through)
+        assert several.workers[through].end()[0] == 5
+        assert time.monotonic() - began < 5.0
+        assert f"the membership of '{through}' was revoked" in several.workers[through].errors()
+        goal = several.look() + 3
+        wait_for(lambda: several.reached(goal), "the others go on")
+    finally:
+        several.close()
+        postgres.execute("DROP SCHEMA IF EXISTS lorand CASCADE")
+
+
 def test_a_run_outlives_its_leaders_and_its_database(
     make_room: MakeRoom, nursery: Nursery, postgres: Server
 ) -> None:
@@ -243,16 +317,17 @@ def test_twenty_restarts_twenty_kills_and_two_leaders_that_hang(
 
 @pytest.mark.slow
 @pytest.mark.timeout(290)
+@pytest.mark.parametrize("one_each", [False, True], ids=["all addresses", "one each"])
 def test_a_leader_that_sleeps_through_its_lease_writes_nothing_more(
-    make_room: MakeRoom, nursery: Nursery, postgres: Server
+    one_each: bool, make_room: MakeRoom, nursery: Nursery, postgres: Server
 ) -> None:
     """The run goes on under another leader before the first one wakes up, in its belief.
 
     What it acknowledged before is there in the end. A worker that was started again begins with its
-    address, and is let in by the one that leads.
+    address, and is let in by the one that leads, which it may know through the sleeper alone.
     """
     room = make_room(settings(400, heartbeat_s=0.5, heartbeat_timeout_s=2.0)).lock()
-    several = Several(room, nursery, postgres)
+    several = Several(room, nursery, postgres, one_each=one_each)
     try:
         wait_for(lambda: several.reached(5), "it goes on")
         first = several.leaders[-1]

@@ -1,6 +1,7 @@
 """What a coordinator bounds before it looks at a call, with real sockets."""
 
 import asyncio
+import gc
 import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,6 +15,7 @@ from tests.raw_http2 import DATA, GOAWAY, HEADERS, PING, RST_STREAM, RawPeer, fr
 from lorand import transport
 from lorand.errors import HandshakeError
 from lorand_coordinator.gate import Bounds, Context, Gate, who
+from lorand_coordinator.identity import callers
 from lorand_worker import link
 
 LIMIT_S = 20.0
@@ -125,6 +127,20 @@ def test_an_open_call_counts_until_its_answer_was_read() -> None:
             assert echo(b"x") == b"x"
 
 
+def test_refused_calls_are_none_that_a_connection_has_open() -> None:
+    """However long garbage is not collected: gRPC resets those above its connection's bound."""
+    gc.collect()
+    gc.disable()
+    try:
+        with served(burst=1.0) as server, caller(server.address) as echo:
+            assert echo(b"x") == b"x"
+            for _ in range(3 * transport.STREAMS):
+                with pytest.raises(grpc.RpcError, match="more than 1 calls a second"):
+                    echo(b"x")
+    finally:
+        gc.enable()
+
+
 def test_all_calls_together_are_bounded() -> None:
     with served(calls=2) as server, RawPeer(server.address, window=0) as slow:
         for stream in (1, 3):
@@ -190,16 +206,24 @@ def test_a_window_that_is_not_kept_to_ends_its_stream() -> None:
         assert kind in (RST_STREAM, GOAWAY)
 
 
+MEMBER, PASSES = b"lorand://r/worker/a", callers.coordinator_uri("r").encode()
+
+
 class Called:
     """A call's context, as far as `who` looks at it."""
 
-    def __init__(self, peer: str, *identities: bytes) -> None:
-        """From this peer."""
+    def __init__(self, peer: str, *identities: bytes, passed: bytes | None = None) -> None:
+        """From this peer; `passed`: who it is said to be passed on for."""
         self._peer, self._identities = peer, identities
+        self._metadata = () if passed is None else ((callers.CALLER, passed),)
 
     def peer(self) -> str:
         """See grpc."""
         return self._peer
+
+    def invocation_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        """See grpc."""
+        return self._metadata
 
     def peer_identities(self) -> tuple[bytes, ...] | None:
         """See grpc."""
@@ -216,6 +240,11 @@ class Called:
         (Called("ipv6:%5B::ffff:192.0.2.1%5D:5"), True, "192.0.2.1"),
         (Called("ipv6:%5Bfe80::1%25eth0%5D:5"), True, "fe80::/64"),
         (Called("unix:/some/where"), True, "unix:/some/where"),
+        (Called("ipv4:127.0.0.1:5", passed=b"ipv4:127.0.0.1:9"), False, "ipv4:127.0.0.1:9"),
+        (Called("ipv4:127.0.0.1:5", passed=b"ipv4:127.0.0.1:9"), True, "127.0.0.1"),
+        (Called("ipv4:1.2.3.4:5", MEMBER, passed=b"lorand://r/worker/b"), False, MEMBER.decode()),
+        (Called("ipv4:1.2.3.4:5", PASSES, passed=b"-----BEGIN"), False, PASSES.decode()),
+        (Called("ipv4:1.2.3.4:5", PASSES), False, PASSES.decode()),
     ],
 )
 def test_whose_share_a_call_is_of(called: Any, by_address: bool, expected: str) -> None:

@@ -85,20 +85,23 @@ def test_a_stream_that_pauses_now_and_then_never_ends() -> None:
         now += 0.8
 
 
-@pytest.mark.parametrize(("limit", "raised"), [((1024, 4096), True), ((5000, 5000), False)])
+@pytest.mark.parametrize(
+    ("limit", "several", "raised"),
+    [((1024, 4096), False, 2192), ((1024, 4096), True, 2450), ((5000, 5000), True, 0)],
+)
 def test_descriptors_are_seen_to(
-    limit: tuple[int, int], raised: bool, monkeypatch: pytest.MonkeyPatch
+    limit: tuple[int, int], several: bool, raised: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """1,000 workers: 2,064 connections, 64 for enrolment, 64 for files."""
+    """1,000 workers: 2,064 connections, 64 for enrolment, 64 for files; to a leader 258."""
     wanted: list[tuple[int, tuple[int, int]]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: limit)
     monkeypatch.setattr(resource, "setrlimit", lambda what, pair: wanted.append((what, pair)))
-    serving.check_descriptors(tiny.config("spsa"))
-    expected = [(resource.RLIMIT_NOFILE, (2192, limit[1]))] if raised else []
+    serving.check_descriptors(tiny.config("spsa"), several=several)
+    expected = [(resource.RLIMIT_NOFILE, (raised, limit[1]))] if raised else []
     assert wanted == expected
 
 
 def test_too_few_descriptors_are_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 512))
     with pytest.raises(ConfigError, match=r"may open 512: raise the limit .*LimitNOFILE=2192"):
-        serving.check_descriptors(tiny.config("spsa"))
+        serving.check_descriptors(tiny.config("spsa"), several=False)

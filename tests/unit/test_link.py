@@ -6,7 +6,10 @@ import sys
 from contextlib import closing
 
 import pytest
+from tests.runs import config_of
 
+from lorand import transport
+from lorand.config import PROTOCOL_VERSION
 from lorand.errors import Behind, ConfigError
 from lorand.v1 import coordination_pb2 as wire
 from lorand_worker.link import BEHIND_S, Link, Retry, outgoing
@@ -80,6 +83,34 @@ def test_one_of_several_coordinators_may_have_slept(monkeypatch: pytest.MonkeyPa
     with closing(Link("localhost:1", 600.0)) as link, pytest.raises(Behind, match="rolled back"):
         link.persist(attempt, told.append)
     assert (len(tried), clock.now) == (3, 1.0)
+
+
+def test_the_only_address_may_be_of_one_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It said so: it slept, and will pass calls on when it knows."""
+    Clock(monkeypatch)
+    tries = 0
+
+    def attempt() -> str:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise BEHIND
+        return "let in"
+
+    with closing(Link("localhost:1", 600.0)) as link:
+        answer = wire.GetRunResponse(
+            protocol_version=PROTOCOL_VERSION,
+            config=config_of().to_json(),
+            features=[transport.SEVERAL],
+        )
+        monkeypatch.setattr(link._coordination, "GetRun", lambda request, timeout: answer)
+        link.get_run()
+        assert link.persist(attempt, lambda why: None) == "let in"
+        del answer.features[:]
+        link.get_run()
+        tries = 0
+        with pytest.raises(Behind, match="rolled back"):
+            link.persist(attempt, lambda why: None)
 
 
 @pytest.mark.parametrize("slow", [0.0, 5.0], ids=["at once", "slowly"])

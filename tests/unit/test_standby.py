@@ -1,12 +1,16 @@
-"""A leader's watch over its lead, without a database: when it stops serving."""
+"""One of several coordinators without a database: when it stops leading, where it is reached."""
 
 import asyncio
+import socket
 from collections.abc import Iterable
 from typing import cast
 
 import pytest
+from tests import tiny
 
-from lorand_coordinator import standby
+from lorand.errors import ConfigError
+from lorand_coordinator import identity_cli, standby
+from lorand_coordinator.sequencer import Sequencer
 from lorand_coordinator.store import StoreUnavailable
 from lorand_coordinator.store_postgres import PostgresStore, TakenOver
 
@@ -64,3 +68,33 @@ def test_who_is_asked_to_stop_stops(monkeypatch: pytest.MonkeyPatch) -> None:
         assert over.is_set()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("bound", "advertised", "expected"),
+    [
+        ("127.0.0.1:7700", "", "127.0.0.1:7700"),
+        ("[2001:db8::7]:7700", "", "[2001:db8::7]:7700"),
+        ("0.0.0.0:7700", "", f"{socket.gethostname()}:7700"),
+        ("[::]:7700", "", f"{socket.gethostname()}:7700"),
+        ("0.0.0.0:7700", "10.0.0.7:17700", "10.0.0.7:17700"),
+    ],
+)
+def test_where_the_others_reach_a_leader(bound: str, advertised: str, expected: str) -> None:
+    def never(*_: object) -> Sequencer:
+        raise AssertionError
+
+    config = tiny.config("spsa")
+    made = standby.Coordinator(config, never, lambda *_: None, advertised=advertised)
+    assert standby.reached_at(made, bound) == expected
+
+
+@pytest.mark.parametrize("wrong", ["0.0.0.0:7700", "a.example:0", "a.example", "[::]:7700"])
+def test_where_nobody_can_be_reached_is_refused(wrong: str) -> None:
+    config = tiny.config("spsa")
+    with pytest.raises(ConfigError, match=r"HOST:PORT|--advertise .*: give the name"):
+        identity_cli.check_addresses(config, False, wrong)
+    identity_cli.check_addresses(config, False, "a.example:7700")
+    identity_cli.check_addresses(config, True, "127.0.0.1:7700")
+    with pytest.raises(ConfigError, match=r"with --insecure, 127\.0\.0\.1"):
+        identity_cli.check_addresses(config, True, "a.example:7700")

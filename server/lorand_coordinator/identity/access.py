@@ -1,7 +1,8 @@
 """What each role may call, decided before a call reaches its service.
 
 The caller is who its certificate says, as TLS has verified it, and is looked up among the members
-once a call; nothing is done a message. Calls that are not in the table are refused.
+once a call; nothing is done a message. Calls that are not in the table are refused. Of a call that
+another coordinator passed on, both are looked up: the coordinator, and the caller that it names.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
@@ -17,7 +19,8 @@ from cryptography import x509
 
 from lorand.credentials import Role
 from lorand.errors import HandshakeError
-from lorand_coordinator.identity.members import Members, Peer
+from lorand_coordinator.identity import callers
+from lorand_coordinator.identity.members import Members, NoCoordinator, Peer, serial_of
 from lorand_coordinator.store import StoreUnavailable
 
 REVOKED_WITHIN_S: Final = 1.0
@@ -43,6 +46,14 @@ Method = Callable[[Any, Context], Any]
 _caller: ContextVar[Peer | None] = ContextVar("caller", default=None)
 
 log = logging.getLogger("lorand.coordinator")
+
+
+@dataclass(frozen=True)
+class _Caller:
+    """Whose call it is; `through` is the certificate of who passed it on, empty: nobody."""
+
+    peer: Peer
+    through: str
 
 
 def caller() -> Peer | None:
@@ -78,7 +89,7 @@ class Access(grpc.aio.ServerInterceptor):
     def __init__(self, members: Members, run: str) -> None:
         """Admit members of this run."""
         self._members, self._run = members, run
-        self._streams: dict[asyncio.Task[Any], Peer] = {}
+        self._streams: dict[asyncio.Task[Any], _Caller] = {}
 
     async def intercept_service(
         self,
@@ -102,10 +113,10 @@ class Access(grpc.aio.ServerInterceptor):
             return await behaviour(request, context)
 
         async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-            peer = await self._admit(method, context)
+            admitted = await self._admit(method, context)
             task = asyncio.current_task()
             assert task is not None
-            self._streams[task] = peer
+            self._streams[task] = admitted
             try:
                 async with aclosing(behaviour(request, context)) as answers:
                     async for answer in answers:
@@ -118,20 +129,24 @@ class Access(grpc.aio.ServerInterceptor):
 
         return stream if inspect.isasyncgenfunction(behaviour) else call
 
-    async def _admit(self, method: str, context: Context) -> Peer:
+    async def _admit(self, method: str, context: Context) -> _Caller:
         """Return the caller of a call that it may make; end the call otherwise."""
         try:
-            peer = self._peer(context)
+            found = self._caller(context)
         except HandshakeError as error:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
         try:
-            self._members.check(peer)
+            self._check(found)
+        except NoCoordinator as error:  # no fault of the caller, who may come back another way
+            log.warning("a call was refused: %s", error)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except HandshakeError as error:
             log.warning("a call was refused: %s", error)
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
         except StoreUnavailable as error:
             log.error("no call can be admitted: %s", error)
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the members' file cannot be read")
+        peer = found.peer
         role = peer.subject.role
         if role not in PERMITTED.get(method, frozenset()):
             what = method.rpartition("/")[2]
@@ -141,19 +156,32 @@ class Access(grpc.aio.ServerInterceptor):
                 "run's operator for an invitation with another --role",
             )
         _caller.set(peer)
-        return peer
+        return found
 
-    def _peer(self, context: Context) -> Peer:
-        """Return who a call's certificate says it is from. Raises HandshakeError."""
-        (certificate,) = context.auth_context().get("x509_pem_cert", [b""])
+    def _check(self, found: _Caller) -> None:
+        """Raise HandshakeError unless a caller, and who passed its call on, may still call."""
+        if found.through:
+            self._members.check_coordinator(found.through)
+        self._members.check(found.peer)
+
+    def _caller(self, context: Context) -> _Caller:
+        """Return whose call it is by the certificates it came with. Raises HandshakeError."""
+        certificate, through = callers.shown(context), ""
         if not certificate:
             raise HandshakeError("this call came without a certificate; enrol first")
-        peer = Peer.of(x509.load_pem_x509_certificate(certificate))
+        passed = callers.passed_on(context)
+        if passed is not None:
+            through = serial_of(x509.load_pem_x509_certificate(certificate))
+            certificate = passed
+        try:
+            peer = Peer.of(x509.load_pem_x509_certificate(certificate))
+        except ValueError as error:
+            raise HandshakeError("a coordinator passed this call on without its caller") from error
         if peer.subject.run != self._run:
             raise HandshakeError(
                 f"this certificate is of the run {peer.subject.run!r}, not of {self._run!r}"
             )
-        return peer
+        return _Caller(peer, through)
 
     async def watch(self) -> None:
         """End streams of members whose certificate was revoked or has expired, until cancelled.
@@ -175,9 +203,9 @@ class Access(grpc.aio.ServerInterceptor):
 
     def end_streams(self) -> None:
         """End the streams of callers that would not be admitted now."""
-        for task, peer in list(self._streams.items()):
+        for task, found in list(self._streams.items()):
             try:
-                self._members.check(peer)
+                self._check(found)
             except HandshakeError as error:
                 log.warning("a stream was ended: %s", error)
                 task.cancel()

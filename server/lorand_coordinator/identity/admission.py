@@ -3,10 +3,12 @@
 authority.pem   key and certificate of the authority: whoever reads it can make members
 server.pem      key and certificate that the coordinator shows
 operator.pem    credentials of the operator on this machine, for status and health
+coordinator.pem key and certificate with which a coordinator that stands by calls the leader
 members.db      members and open invitations
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +24,7 @@ from lorand.invitation import Invitation
 from lorand_coordinator.identity import enrolment
 from lorand_coordinator.identity.access import Access
 from lorand_coordinator.identity.authority import Authority, now, read_pair, write_pair
-from lorand_coordinator.identity.members import Members, Peer
+from lorand_coordinator.identity.members import Members, NoCoordinator, Peer, serial_of
 
 OPERATOR: Final = "operator"
 LOCAL: Final = ("localhost", "127.0.0.1", "::1")
@@ -94,6 +96,7 @@ class Admission:
         operator = self.folder / "operator.pem"
         if not operator.exists() or _expires_soon(operator):
             self._certify_operator(operator)
+        self._certify_coordinator()  # now, so that it is in copies of this folder
 
     def rotate(self, names: Sequence[str]) -> list[str]:
         """Replace the coordinator's keys and certificates; return the names certified.
@@ -104,6 +107,8 @@ class Admission:
         wanted = _with_local(names or _names(path))
         self._certify_server(wanted)
         self._certify_operator(self.folder / "operator.pem")
+        self.members.forget_coordinators()
+        self._certify_coordinator()
         return wanted
 
     def _certify_server(self, names: list[str]) -> None:
@@ -159,6 +164,28 @@ class Admission:
         pairs = [(key_pem(key), pem(certificate))]
         authority = pem(self.authority.certificate) if ask else None
         return grpc.ssl_server_credentials(pairs, authority, ask)
+
+    def passing_credentials(self) -> grpc.ChannelCredentials:
+        """Return what gRPC needs to pass calls on to another coordinator of this run.
+
+        Several that make a certificate at once are let in with any. Raises ConfigError,
+        StoreUnavailable.
+        """
+        self._certify_coordinator()
+        key, certificate = read_pair(self.folder / "coordinator.pem")
+        authority = pem(self.authority.certificate)
+        return grpc.ssl_channel_credentials(authority, key_pem(key), pem(certificate))
+
+    def _certify_coordinator(self) -> None:
+        """See that calls can be passed on with coordinator.pem."""
+        path = self.folder / "coordinator.pem"
+        if path.exists() and not _expires_soon(path):
+            with suppress(NoCoordinator):
+                return self.members.check_coordinator(serial_of(read_pair(path)[1]))
+        key = new_key()
+        certificate = self.authority.issue_coordinator(key.public_key())
+        self.members.admit_coordinator(certificate)
+        write_pair(path, key, certificate)
 
 
 def _with_local(names: Sequence[str]) -> list[str]:

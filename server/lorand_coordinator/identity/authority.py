@@ -19,6 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from lorand.credentials import Subject, key_pem, new_key, pem
 from lorand.durable import replace
 from lorand.errors import ConfigError, HandshakeError
+from lorand_coordinator.identity.callers import coordinator_uri
 
 AUTHORITY_LIFE: Final = timedelta(days=3650)
 SERVER_LIFE: Final = timedelta(days=365)
@@ -76,6 +77,11 @@ class Authority:
     ) -> x509.Certificate:
         """Return the coordinator's own certificate, for host names and IP addresses."""
         return self._sign(key, [_host(name) for name in names], SERVER_LIFE, True)
+
+    def issue_coordinator(self, key: ec.EllipticCurvePublicKey) -> x509.Certificate:
+        """Return a certificate with which a coordinator passes members' calls on to another."""
+        name = x509.UniformResourceIdentifier(coordinator_uri(self.run))
+        return self._sign(key, [name], SERVER_LIFE, False)
 
     def _sign(
         self,

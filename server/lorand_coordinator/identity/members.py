@@ -25,7 +25,12 @@ CREATE TABLE IF NOT EXISTS invitation (
     name TEXT PRIMARY KEY, role TEXT NOT NULL, token_hash BLOB NOT NULL, expires REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS served (
     only INTEGER PRIMARY KEY CHECK (only = 1), address TEXT NOT NULL, enrolment TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS coordinator (serial TEXT PRIMARY KEY, expires REAL NOT NULL);
 """
+
+
+class NoCoordinator(HandshakeError):
+    """Who passed a call on is no coordinator of the run."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Peer:
     def of(cls, certificate: x509.Certificate) -> Self:
         """Return the peer of a certificate that TLS has verified. Raises HandshakeError."""
         expires = certificate.not_valid_after_utc.timestamp()
-        return cls(Subject.of(certificate), f"{certificate.serial_number:x}", expires)
+        return cls(Subject.of(certificate), serial_of(certificate), expires)
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,30 @@ class Members:
                 f"the certificate of {name!r} has expired; ask the run's operator for an invitation"
             )
 
+    def admit_coordinator(self, certificate: x509.Certificate) -> None:
+        """Let whoever holds this certificate pass calls on, beside those who may."""
+        expires = certificate.not_valid_after_utc.timestamp()
+        with self._writing():
+            self._database.execute("DELETE FROM coordinator WHERE expires <= ?", (self.clock(),))
+            self._database.execute(
+                "INSERT INTO coordinator VALUES (?, ?)", (serial_of(certificate), expires)
+            )
+
+    def check_coordinator(self, serial: str) -> None:
+        """Raise NoCoordinator unless this certificate is for passing calls on, and still good."""
+        with self._trouble():
+            row = self._row("SELECT expires FROM coordinator WHERE serial = ?", serial)
+        if row is None or row[0] <= self.clock():
+            raise NoCoordinator(
+                "this call was passed on with a certificate that is not, or no longer, a "
+                "coordinator's of this run"
+            )
+
+    def forget_coordinators(self) -> None:
+        """Let nobody pass calls on with the certificates there are."""
+        with self._writing():
+            self._database.execute("DELETE FROM coordinator")
+
     def changed(self) -> bool:
         """Return whether another process has written since this was last asked."""
         before, self._version = self._version, self._data_version()
@@ -237,6 +266,11 @@ class Members:
             yield
         except sqlite3.Error as error:
             raise StoreUnavailable(f"{error}; see to the members' file {self._path}") from error
+
+
+def serial_of(certificate: x509.Certificate) -> str:
+    """Return the serial number by which a certificate is looked up."""
+    return f"{certificate.serial_number:x}"
 
 
 def _hash(token: str) -> bytes:

@@ -2,11 +2,11 @@
 
 import asyncio
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Coroutine, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -17,7 +17,7 @@ from lorand.config import RunConfig
 from lorand.credentials import Credentials, Role, Subject
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import coordination_pb2_grpc as coordination
-from lorand_coordinator import service
+from lorand_coordinator import service, standby
 from lorand_coordinator.hub import Hub
 from lorand_coordinator.identity.admission import Admission
 from lorand_coordinator.identity.authority import Authority
@@ -27,6 +27,7 @@ from lorand_coordinator.store import SqliteStore
 
 LIMIT_S: Final = 20.0
 RUN: Final = "small"
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Office:
     served: Admission
     admission: Admission
     hub: Hub
+    loop: asyncio.AbstractEventLoop
 
     @property
     def authority(self) -> Authority:
@@ -94,7 +96,7 @@ def opened(folder: Path, config: RunConfig | None = None) -> Iterator[Office]:
         assert served.wait(LIMIT_S)
         assert ready, "the coordinator ended"
         elsewhere = Admission.open(folder, config.run.name)
-        yield Office(*ready[0], admission, elsewhere, hub)
+        yield Office(*ready[0], admission, elsewhere, hub, loop)
         elsewhere.close()
     finally:
         loop.call_soon_threadsafe(until.set)
@@ -102,6 +104,35 @@ def opened(folder: Path, config: RunConfig | None = None) -> Iterator[Office]:
         loop.close()
         admission.close()
         store.close()
+
+
+@contextmanager
+def standing_by(
+    office: Office, admission: Admission | None = None, leader: str = ""
+) -> Iterator[str]:
+    """Pass calls on to an office's coordinator, or another's, as one that stands by does.
+
+    Yields the address.
+
+    With its identity folder, opened once more, or with another `admission`, closed at the end.
+
+    On the same event loop: those of gRPC get into each other's way.
+    """
+    config = office.hub.config
+    admission = admission or Admission.open(office.admission.folder, config.run.name)
+    waiting, stack = standby._Waiting(config, admission), AsyncExitStack()
+
+    async def serve() -> str:
+        address = await stack.enter_async_context(waiting.served())
+        await waiting.hear("another leads", leader or office.address)
+        return address
+
+    def do(work: Coroutine[Any, Any, _Result]) -> _Result:
+        return asyncio.run_coroutine_threadsafe(work, office.loop).result(LIMIT_S)
+
+    yield do(serve())
+    do(stack.aclose())
+    admission.close()
 
 
 def get_run(channel: grpc.Channel) -> wire.GetRunResponse:
