@@ -21,7 +21,7 @@ TOLD: Final = 5
 
 
 def take(statement: pb.Statement, store: Store, position: Position) -> None:
-    """Keep a statement of whoever is allowed to make it, durably; one that is there is no other.
+    """Keep a statement, durably, of a caller who may make it; the same one again changes nothing.
 
     Whether it is right about the contributions is told by `Audit`, to those who have the roster.
     Raises HandshakeError where it cannot be one of this ledger, StoreUnavailable.
@@ -190,7 +190,7 @@ class Audit:
             more = f"; and {len(wrong) - TOLD} more" * (len(wrong) > TOLD)
             raise LedgerError(
                 f"this ledger is not what its workers signed: {'; '.join(wrong[:TOLD])}{more}. "
-                "Whoever has the coordinator's key, or wrote to its disk, changed it: ask the "
-                "coordinator's owner, and those workers"
+                "Either somebody with the coordinator's key changed it, or they signed what they "
+                "did not send: ask the coordinator's owner, and them"
             )
         return Standing(self._statements, self._stated, tuple(self._unstated))
