@@ -274,6 +274,8 @@ class LocalLink(links.Link):
         except Crash as error:
             coordinator.end(str(error))
             raise grpc.RpcError("nobody answers any more") from error
+        finally:
+            self._world.disk.blind = False  # nobody looks it up: it is handed in again
 
     def ReadEntries(
         self, request: pb.ReadEntriesRequest, timeout: float | None
