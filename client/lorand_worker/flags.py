@@ -116,7 +116,10 @@ Insecure = Annotated[
 ]
 IdentityFile = Annotated[
     Path | None,
-    typer.Option("--identity", help="Secure sums: this worker's key, of `lr-worker sum key`."),
+    typer.Option(
+        "--identity",
+        help="This worker's key, of `lr-worker sum key`: for statements and secure sums.",
+    ),
 ]
 RosterFile = Annotated[
     Path | None,

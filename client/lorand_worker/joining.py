@@ -11,7 +11,7 @@ from lorand import adapter, otel
 from lorand.config import EstimatorKind, RunConfig
 from lorand.durable import state_folder
 from lorand.manifest import Identity
-from lorand.privacy.secure_sum import SumMember
+from lorand.privacy.secure_sum import IdentityKey, SumMember
 from lorand_worker import connecting, guard, own_estimator
 from lorand_worker import data as data_files
 from lorand_worker.bench import Base, ModelBench, load_base
@@ -21,7 +21,7 @@ from lorand_worker.chance import Chance
 from lorand_worker.data import Data
 from lorand_worker.guard import Policy
 from lorand_worker.link import Link
-from lorand_worker.membership import Pinned, member_of
+from lorand_worker.membership import Pinned, member_of, read_key
 from lorand_worker.memory import Weights
 from lorand_worker.own_estimator import OwnEstimator
 from lorand_worker.precision import Precision, choose
@@ -135,6 +135,7 @@ def join(
             *(link, config, base.identity, seen.bench, who, report, folder, budget, member),
             uniform=chance.uniform,
             coordinator_key=asked.coordinator_key,
+            key=_signing_key(asked, config, report),
             figures=seen.figures,
             watch=seen.round,
         )
@@ -156,6 +157,19 @@ def join(
         head=position.head.hex(),
         validation=bench.validate(),
     )
+
+
+def _signing_key(asked: Joining, config: RunConfig, report: Reporter) -> IdentityKey | None:
+    """What this worker signs its contributions with, where the run takes statements."""
+    if config.service.statements_every == 0:
+        return None
+    if asked.pinned.key is None:
+        report.note(
+            "this run's workers sign what they contributed, and this one has no key: make one "
+            "with `lr-worker sum key`, and join with --identity"
+        )
+        return None
+    return read_key(asked.pinned.key)
 
 
 def _examples(asked: Joining, config: RunConfig, report: Reporter) -> tuple[Data, Data | None]:

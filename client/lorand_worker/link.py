@@ -43,6 +43,8 @@ REQUESTS_QUEUED: Final = 64
 FEATURES: Final = ("checkpoint", "evaluation", transport.BATCH)
 SIGNS: Final = "heads"
 """The feature of a coordinator that signs its ledger."""
+STATES: Final = "statements"
+"""The feature of a coordinator that takes what workers sign of their contributions."""
 REFUSALS: Final = (
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.PERMISSION_DENIED,
@@ -87,6 +89,8 @@ class Link:
         """Whether the coordinator signs its ledger, as it said last."""
         self._several = len(self._addresses) > 1
         """Whether the run has several coordinators."""
+        self.states = False
+        """Whether it takes statements of workers, as it said last."""
         self._give_up_s = give_up_s
         self._stopped = threading.Event()
         self._channel: grpc.Channel | None = None
@@ -198,7 +202,7 @@ class Link:
                 f"the coordinator speaks protocol version {answer.protocol_version}, this worker "
                 f"{PROTOCOL_VERSION}; install the same release of lorand on both"
             )
-        self.signs = SIGNS in answer.features
+        self.signs, self.states = SIGNS in answer.features, STATES in answer.features
         self._several = len(self._addresses) > 1 or transport.SEVERAL in answer.features
         identity = Identity.from_lock(answer.identity) if answer.identity else None
         return RunConfig.from_json(answer.config), identity
@@ -272,6 +276,18 @@ class Link:
         answer = self._ledger.PostEvaluation(request, timeout=CALL_TIMEOUT_S)
         self._count(request, answer)
         return int(answer.sequence)
+
+    def post_statement(self, statement: pb.Statement, timeout_s: float = CALL_TIMEOUT_S) -> None:
+        """Hand in a statement of this worker. Raises HandshakeError when it is refused for good."""
+        request = pb.PostStatementRequest(statement=statement)
+        try:
+            answer = self._ledger.PostStatement(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            refused = grpc.StatusCode.FAILED_PRECONDITION
+            if isinstance(error, grpc.Call) and error.code() is refused:
+                raise HandshakeError(error.details()) from error
+            raise
+        self._count(request, answer)
 
     def _count(self, request: Message, answer: Message) -> None:
         self.traffic.sent += request.ByteSize()

@@ -1,4 +1,4 @@
-"""Who this worker is in secure sums, and with whom: identity key, roster, its part in a run."""
+"""Who this worker is in statements and secure sums: identity key, roster, its part in a run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from lorand.config import RunConfig
 from lorand.errors import ConfigError, HandshakeError
 from lorand.manifest import Identity
 from lorand.privacy import plan
-from lorand.privacy.roster import MIN_MEMBERS, PUBLIC_BYTES, Roster
+from lorand.privacy.roster import MIN_MEMBERS, PUBLIC_BYTES, Members, Roster
 from lorand.privacy.secure_sum import IdentityKey, SumMember
 
 
@@ -37,7 +37,7 @@ def read_key(path: Path) -> IdentityKey:
         ) from error
 
 
-def write_roster(path: Path, members: Iterable[str]) -> Roster:
+def write_roster(path: Path, members: Iterable[str]) -> Members:
     """Write the roster of these `NAME=KEY`, the keys in hexadecimal. Raises ConfigError."""
     keys: dict[str, bytes] = {}
     for member in members:
@@ -49,7 +49,7 @@ def write_roster(path: Path, members: Iterable[str]) -> Roster:
                 f"{member!r} is no NAME=KEY with a key of {2 * PUBLIC_BYTES} hexadecimal digits: "
                 "take the line that `lr-worker sum key` prints"
             ) from error
-    roster = Roster.of(keys)
+    roster = Members.of(keys)
     try:
         path.write_text(roster.to_json() + "\n", encoding="utf-8")
     except OSError as error:
@@ -59,7 +59,7 @@ def write_roster(path: Path, members: Iterable[str]) -> Roster:
 
 @dataclass(frozen=True)
 class Pinned:
-    """What the owner of a worker gives it for secure sums."""
+    """What the owner of a worker gives it for statements (the key) and secure sums."""
 
     key: Path | None = None
     roster: Path | None = None

@@ -1,4 +1,4 @@
-"""Commands of private runs: what was spent, and who is in secure sums."""
+"""Commands of private runs: what was spent, and by which keys members know each other."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,10 @@ from lorand.durable import state_folder
 from lorand_worker.flags import Json, State
 from lorand_worker.reporting import say
 
-sums = typer.Typer(help="Secure sums (experimental): who is in them.", no_args_is_help=True)
+sums = typer.Typer(
+    help="Secure sums (experimental) and statements: keys and roster of the members.",
+    no_args_is_help=True,
+)
 
 
 def privacy(
@@ -53,10 +56,10 @@ def roster(
     json_output: Json = False,
 ) -> None:
     """Write or read a roster, and print its digest: members compare it with each other."""
-    from lorand.privacy.roster import Roster
+    from lorand.privacy.roster import Members
     from lorand_worker import membership
 
-    found = membership.write_roster(path, members) if members else Roster.read(path)
+    found = membership.write_roster(path, members) if members else Members.read(path)
     digest = found.digest().hex()
     result = {"digest": digest, "members": {name: public.hex() for name, public in found.members}}
     lines = [f"{name}  {public.hex()}" for name, public in found.members]

@@ -15,6 +15,7 @@ from lorand.config import RunConfig
 from lorand.errors import HandshakeError
 from lorand.ledger import Position
 from lorand.manifest import Identity
+from lorand.privacy.primitives import IdentityKey
 from lorand.privacy.secure_sum import SumMember
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
@@ -22,14 +23,17 @@ from lorand_worker import feedback
 from lorand_worker.bench import ModelBench
 from lorand_worker.budget import Budget
 from lorand_worker.feedback import Place
-from lorand_worker.link import FEATURES, Link, Retry, Stream
+from lorand_worker.link import CALL_TIMEOUT_S, FEATURES, Link, Retry, Stream
 from lorand_worker.participant import Bench, Participant, hello
+from lorand_worker.stating import Statements
 from lorand_worker.tasks import Score
 from lorand_worker.traced import Figures, Watch, unwatched
 from lorand_worker.witness import Witness
 
 CHECK_EVERY: Final = 50
 """Commits after which the coordinator is asked for its signature of the history."""
+LEAVING_S: Final = 3.0
+"""How long a worker that was interrupted waits for its last statement to be taken."""
 
 
 def nowhere(step: int, values: dict[str, float | None]) -> None:
@@ -68,14 +72,19 @@ class Session:
     """The key that the ledger must be signed by; None: the first one seen."""
     figures: Figures = nowhere
     watch: Watch = unwatched
+    key: IdentityKey | None = None
+    """Signs what this worker contributed, where the coordinator takes statements."""
 
     def __post_init__(self) -> None:
         """Begin before entry 0, with a new session number."""
         self._session = secrets.randbits(63)
         start = ledger.origin(self.config, self.identity)
         place = None if self.state is None else Place(self.state, start.run_digest, self.name)
-        key = self.coordinator_key
-        self._witness = Witness(start.run_digest, place, key, self.report.note)
+        known = self.coordinator_key
+        self._witness = Witness(start.run_digest, place, known, self.report.note)
+        self._stating: Statements | None = None
+        if self.key is not None:
+            self._stating = Statements(self.key, start.run_digest, place, self.report.note)
         memory = None
         if self.config.keeps_feedback and place is not None:
             size = self.config.directions.pool_size
@@ -89,8 +98,12 @@ class Session:
 
         Raises HandshakeError when refused for good, ConnectionLost when the coordinator stays away.
         """
-        while not self.participant.position.finished:
-            self.link.persist(self._once, self._waiting)
+        try:
+            while not self.participant.position.finished:
+                self.link.persist(self._once, self._waiting)
+        except KeyboardInterrupt:
+            self._state_last(LEAVING_S)
+            raise
         self.participant.settle()
         return self.participant
 
@@ -102,6 +115,7 @@ class Session:
         if self._has_ledger():
             self._catch_up()
         self._check_history()
+        self._hand_in_what_waits()
         self._show()
         if self.participant.position.finished and self.participant.worker is None:
             return
@@ -124,9 +138,16 @@ class Session:
         leaps = later is not participant.position
         if leaps and awaited is not None and awaited < later.next_sequence:
             participant.look_up(self.link.entries(awaited))
+        stating = self._stating
+        if leaps and stating is not None:
+            if stating.awaited_from is not None:
+                stating.look_up(self.link.entries(stating.awaited_from))
+            stating.jump(later)
         participant.catch_up(later)
         for body in self.link.entries(participant.position.next_sequence):
             participant.on_entry(body)
+            if stating is not None:
+                stating.follow(body, participant.position)
 
     def _check_history(self) -> None:
         """Have the coordinator sign the history so far, as one that begins with what was seen."""
@@ -166,6 +187,7 @@ class Session:
                     reason = entry.abandon.reason
                     self.report.note(f"round {entry.round_index} was abandoned: {reason}")
                 self._check_now_and_then(entry)
+                self._state_now_and_then(message.entry, entry)
                 self._show()
                 if entry.HasField("commit"):
                     self._track()
@@ -182,10 +204,15 @@ class Session:
                 if request.HasField("skip"):
                     skip = request.skip
                     self.report.note(f"sitting out round {skip.round_index}: {skip.reason}")
+                elif self._stating is not None and participant.worker is not None:
+                    contribution, position = request.contribution, participant.position
+                    self._stating.sent(participant.worker, contribution, position)
                 stream.send(request)
             case "rejection":
                 participant.counts.rejected += 1
                 rejection = message.rejection
+                if self._stating is not None:
+                    self._stating.rejected(rejection.round_index)
                 self.report.note(
                     f"round {rejection.round_index} went on without this worker: {rejection.reason}"
                 )
@@ -197,6 +224,50 @@ class Session:
             # The coordinator may go as soon as all have the last entry: nothing is lost by that.
             with suppress(grpc.RpcError):
                 self._check_history()
+
+    def _state_now_and_then(self, body: bytes, entry: pb.Entry) -> None:
+        """State what was contributed, when it is this worker's turn and at the end."""
+        if self._stating is None:
+            return
+        position, every = self.participant.position, self.config.service.statements_every
+        self._stating.follow(body, position)
+        if entry.HasField("finish"):
+            self._state_last(CALL_TIMEOUT_S)
+        elif entry.HasField("commit") and self.link.states:
+            if self._stating.due(position.committed, every):
+                self._stating.state()
+            self._hand_in()
+
+    def _state_last(self, limit_s: float) -> None:
+        """State all there is. What cannot be handed in now is kept, for the same command again."""
+        if self._stating is None or not self.link.states:
+            return
+        self._stating.state()
+        try:
+            self._hand_in(limit_s)
+        except (grpc.RpcError, ValueError):  # the latter: gRPC's word for a closed channel
+            self.report.note(
+                "the coordinator did not take the last statement of this worker: the same command "
+                "hands it in later"
+            )
+        if self.participant.position.finished:
+            self._stating.end()
+
+    def _hand_in_what_waits(self) -> None:
+        """Hand in, after catching up, what was signed before or is due since."""
+        if self.participant.position.finished:
+            self._state_last(CALL_TIMEOUT_S)
+        else:
+            self._hand_in()
+
+    def _hand_in(self, limit_s: float = CALL_TIMEOUT_S) -> None:
+        """Have the coordinator keep what was signed."""
+        while self._stating is not None and self.link.states and self._stating.next is not None:
+            try:
+                self.link.post_statement(self._stating.next, limit_s)
+            except HandshakeError as error:
+                self.report.note(f"a statement of this worker was refused: {error}")
+            self._stating.posted()
 
     def _track(self) -> None:
         """Report a committed round as this worker sees it; its loss is of its own batch."""

@@ -256,6 +256,7 @@ class ServiceSection(Section):
     drain_s: Positive = 5.0
     quarantine: bool = False
     auditor: Annotated[str, Field(max_length=64)] = ""
+    statements_every: Annotated[int, Field(ge=0, le=1_000_000)] = 0
 
 
 class RunConfig(Section):
@@ -363,8 +364,12 @@ class RunConfig(Section):
         return hashlib.sha256(self.canonical().encode()).digest()
 
     def to_json(self) -> str:
-        """Return the whole config as JSON: what a worker receives at join."""
-        return self.model_dump_json()
+        """Return the whole config as JSON: what a worker receives at join.
+
+        A setting of [service] that older workers do not know is left out where it is off.
+        """
+        unknown = None if self.service.statements_every else {"service": {"statements_every"}}
+        return self.model_dump_json(exclude=unknown)
 
     @staticmethod
     def from_json(text: str) -> "RunConfig":

@@ -417,6 +417,11 @@ def _aggregated(config: "RunConfig") -> Refusals:
         'service.quarantine = true and directions.mode = "shared", or auditor = ""',
     )
     yield (
+        service.statements_every > 0 and summed,
+        f'privacy.mode = "{config.privacy.mode}" stores nobody\'s contribution, which '
+        "service.statements_every has workers sign for: set it to 0",
+    )
+    yield (
         0 < rounds.participants < rounds.quorum,
         "rounds.participants must be 0 (= all that are connected) or at least rounds.quorum",
     )

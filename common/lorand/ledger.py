@@ -8,8 +8,9 @@ the bytes it received.
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -31,8 +32,10 @@ GENESIS: Final = bytes(32)
 """The digest before entry 0."""
 FILE_MAGIC: Final = b"lorand ledger v1\n"
 SIGNED_FILE_MAGIC: Final = b"lorand ledger v2\n"
+STATED_FILE_MAGIC: Final = b"lorand ledger v3\n"
+_MAGICS: Final = (FILE_MAGIC, SIGNED_FILE_MAGIC, STATED_FILE_MAGIC)
 _END: Final = bytes(4)
-"""In the place of a length, in a signed file: no entry follows, but the signature."""
+"""In the place of a length, but in files of version 1: the list ends here."""
 _SEAL_BYTES: Final = KEY_BYTES + SIGNATURE_BYTES
 MAX_ENTRY_BYTES: Final = 32 << 20
 
@@ -260,67 +263,108 @@ def check_contributions(entry: pb.Entry, contributions: Sequence[bytes]) -> None
         )
 
 
-def write_file(path: Path, bodies: Iterable[bytes], signature: Signature | None = None) -> int:
+def write_file(
+    path: Path,
+    bodies: Iterable[bytes],
+    signature: Signature | None = None,
+    statements: Iterable[bytes] = (),
+) -> int:
     """Write a portable ledger file: magic, then each body after its length as u32.
 
-    With a signature of the whole history it is of version 2 and ends in a length of zero, the
-    public key and the signature; without, of version 1. Returns the number of entries.
+    Of version 1, or, with a signature of the whole history, of version 2: it ends in a length of
+    zero, the public key and the signature. With statements it is of version 3: three lists, each
+    ended by a length of zero: entries, statements, and the key with the signature, if there is one.
+    Returns the number of entries.
     """
+    stated = list(statements)
+    seal = b"" if signature is None else signature.key + signature.value
     count = 0
     with path.open("wb") as file:
-        file.write(FILE_MAGIC if signature is None else SIGNED_FILE_MAGIC)
+        magic = FILE_MAGIC if signature is None else SIGNED_FILE_MAGIC
+        file.write(STATED_FILE_MAGIC if stated else magic)
         for body in bodies:
             file.write(len(body).to_bytes(4, "little") + body)
             count += 1
-        if signature is not None:
-            file.write(_END + signature.key + signature.value)
+        if stated:
+            seals = [seal] if seal else []
+            for part in (stated, seals):
+                file.write(_END + b"".join(len(b).to_bytes(4, "little") + b for b in part))
+            file.write(_END)
+        elif seal:
+            file.write(_END + seal)
     return count
 
 
 def is_file(path: Path | str) -> bool:
-    """Whether a file is a portable ledger, of either version."""
+    """Whether a file is a portable ledger, of any version."""
     try:
         with Path(path).open("rb") as file:
-            return file.read(len(FILE_MAGIC)) in (FILE_MAGIC, SIGNED_FILE_MAGIC)
+            return file.read(len(FILE_MAGIC)) in _MAGICS
     except OSError:
         return False
 
 
 def read_file(path: Path) -> Iterator[bytes]:
     """Yield the bodies of a portable ledger file. Raises LedgerError when it is damaged."""
+    return (body for part, body in _parts(path) if part is _Part.ENTRIES)
+
+
+def file_statements(path: Path) -> Iterator[bytes]:
+    """Yield the statements of a portable ledger file; only version 3 has some."""
+    return (body for part, body in _parts(path) if part is _Part.STATEMENTS)
+
+
+def file_signature(path: Path) -> Signature | None:
+    """Return the signature that a portable file ends with; version 1 has none."""
+    for part, body in _parts(path):
+        if part is _Part.SEAL:
+            return Signature(body[:KEY_BYTES], body[KEY_BYTES:])
+    return None
+
+
+class _Part(Enum):
+    ENTRIES = 0
+    STATEMENTS = 1
+    SEAL = 2
+
+
+def _parts(path: Path) -> Iterator[tuple[_Part, bytes]]:
+    """Yield everything in a portable file, in order, with what it is. Raises LedgerError."""
     cut_off = LedgerError(f"{path} is cut off; export the ledger again")
     try:
         with path.open("rb") as file:
             magic = file.read(len(FILE_MAGIC))
-            if magic not in (FILE_MAGIC, SIGNED_FILE_MAGIC):
+            if magic not in _MAGICS:
                 raise LedgerError(
                     f"{path} is not an exported ledger; "
                     "write one with `lr-coordinator ledger export`"
                 )
-            signed = magic == SIGNED_FILE_MAGIC
-            while prefix := file.read(4):
-                if signed and prefix == _END:
-                    if len(file.read(_SEAL_BYTES + 1)) != _SEAL_BYTES:
+            stated = magic == STATED_FILE_MAGIC
+            for part in _Part if stated else (_Part.ENTRIES,):
+                for body in _listed(file, cut_off, closed=magic != FILE_MAGIC):
+                    if part is _Part.SEAL and len(body) != _SEAL_BYTES:
                         raise cut_off
-                    return
-                length = int.from_bytes(prefix, "little")
-                body = file.read(min(length, MAX_ENTRY_BYTES))
-                if len(prefix) != 4 or len(body) != length:
+                    yield part, body
+            if magic == SIGNED_FILE_MAGIC:
+                seal = file.read(_SEAL_BYTES)
+                if len(seal) != _SEAL_BYTES:
                     raise cut_off
-                yield body
-            if signed:
+                yield _Part.SEAL, seal
+            if file.read(1):
                 raise cut_off
     except OSError as error:
         raise LedgerError(f"cannot read the ledger file {path}: {error}") from error
 
 
-def file_signature(path: Path) -> Signature | None:
-    """Return the signature that a portable file ends with; version 1 has none.
-
-    The file is one that `read_file` has read to its end.
-    """
-    with path.open("rb") as file:
-        if file.read(len(FILE_MAGIC)) == FILE_MAGIC:
-            return None
-        file.seek(-_SEAL_BYTES, 2)
-        return Signature(file.read(KEY_BYTES), file.read(SIGNATURE_BYTES))
+def _listed(file: IO[bytes], cut_off: LedgerError, *, closed: bool) -> Iterator[bytes]:
+    """Yield bodies, each after its length; up to a length of zero where the list is `closed`."""
+    while prefix := file.read(4):
+        if closed and prefix == _END:
+            return
+        length = int.from_bytes(prefix, "little")
+        body = file.read(min(length, MAX_ENTRY_BYTES))
+        if len(prefix) != 4 or len(body) != length:
+            raise cut_off
+        yield body
+    if closed:
+        raise cut_off

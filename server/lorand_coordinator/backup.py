@@ -1,4 +1,4 @@
-"""Copies of whole ledgers, signatures and a checkpoint included, from any store to any other.
+"""Copies of whole ledgers from any store to any other, with signatures, statements, a checkpoint.
 
 A backup is a ledger in one SQLite file, whatever store it was made from: every command reads it,
 and a coordinator can go on with it as it is. Both ways a copy is there whole or not at all.
@@ -71,7 +71,7 @@ def _copy(source: Store, target: Store) -> None:
     checkpoint = source.newest_checkpoint()
     if checkpoint is not None and checkpoint.sequence >= count:
         checkpoint = None  # made since the source was opened, of entries that are not in the copy
-    target.load(_records(source), checkpoint)
+    target.load(_records(source), checkpoint, source.statements())
     assert (len(target), target.head()) == (count, source.head())
 
 

@@ -1,6 +1,7 @@
 """lr-coordinator ledger: look into a ledger, check it, write it for others, copy it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,9 @@ import typer
 from lorand import heads, ledger
 from lorand.errors import LedgerError
 from lorand.heads import KeptHead
+from lorand.privacy.roster import Members
 from lorand_coordinator import backup_cli, show, verification
+from lorand_coordinator.stating import Standing
 
 app = typer.Typer(help="Read, export, back up and restore ledgers.", no_args_is_help=True)
 app.command()(backup_cli.backup)
@@ -31,11 +34,18 @@ def verify(
         Path | None,
         typer.Option(help="A head that a worker kept (*.head.json): the ledger has its history."),
     ] = None,
+    roster: Annotated[
+        Path | None,
+        typer.Option(help="The workers' names and keys, from themselves: they signed this ledger."),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Check chain, tree, signatures, every delta and every stored contribution; print the head."""
     found = verification.verify(
-        path, heads.public_key(key) if key else None, _kept(head) if head else None
+        path,
+        heads.public_key(key) if key else None,
+        _kept(head) if head else None,
+        Members.read(roster) if roster else None,
     )
     position = found.position
     result: dict[str, Any] = {
@@ -50,6 +60,12 @@ def verify(
         "run": position.run_digest.hex(),
         "coefficients_digest": ledger.coefficients_digest(position.coefficients).hex(),
     }
+    if found.standing is not None:
+        result |= {
+            "statements_checked": found.standing.statements,
+            "stated": found.standing.stated,
+            "not_stated": [asdict(unstated) for unstated in found.standing.unstated],
+        }
     if json_output:
         typer.echo(json.dumps(result))
         return
@@ -59,6 +75,25 @@ def verify(
         f"{found.contributions} contributions and {found.signatures} signatures checked\n"
         f"head {result['head']}\nroot {result['root']}\n{signed}"
     )
+    if found.standing is not None:
+        typer.echo(_told(found.standing, found.contributions))
+
+
+def _told(standing: Standing, contributions: int) -> str:
+    """What workers stand by, for people."""
+    count = f"{standing.statements} statement{'s' * (standing.statements != 1)}"
+    if not contributions:
+        return f"this is the history of {count} by workers"
+    lines = [
+        f"{standing.stated} of {contributions} contributions are stated by their workers, in "
+        f"{count}"
+    ]
+    for each in standing.unstated:
+        lines.append(
+            f"not stated: {each.contributions} of worker {each.worker} ({each.name!r}), rounds "
+            f"{each.first_round} to {each.last_round}"
+        )
+    return "\n".join(lines)
 
 
 def _kept(path: Path) -> KeptHead:

@@ -18,7 +18,7 @@ from lorand.v1 import ledger_pb2 as pb
 from lorand.v1 import ledger_pb2_grpc as ledger_service
 from lorand.v1 import status_pb2 as status
 from lorand.v1 import status_pb2_grpc as status_service
-from lorand_coordinator import signing
+from lorand_coordinator import signing, stating
 from lorand_coordinator.gate import Bounds, Gate
 from lorand_coordinator.hub import CatchUpFirst, Connection, Hub, NameInUse, log
 from lorand_coordinator.identity import access, enrolment
@@ -35,6 +35,8 @@ SERVED: Final = "lorand.v1.CoordinationService"
 """Whose health says whether members are served here, by this coordinator or through it."""
 SIGNS: Final = "heads"
 """The feature of a coordinator that signs its ledger."""
+STATES: Final = "statements"
+"""The feature of a coordinator that takes what workers sign of their contributions."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 _Result = TypeVar("_Result")
@@ -50,15 +52,15 @@ class Coordination(coordination.CoordinationServiceServicer):
     async def GetRun(self, request: wire.GetRunRequest, context: Context) -> wire.GetRunResponse:
         """See coordination.proto."""
         identity = self._hub.sequencer.identity
+        features = [*FEATURES]
+        features += [SIGNS] * (self._hub.sequencer.key is not None)
+        features += [STATES] * (self._hub.config.service.statements_every > 0)
+        features += [transport.SEVERAL] * self._hub.several
         return wire.GetRunResponse(
             protocol_version=PROTOCOL_VERSION,
             config=self._hub.config.to_json(),
             identity=identity.to_lock() if identity else "",
-            features=(
-                *FEATURES,
-                *((SIGNS,) if self._hub.sequencer.key else ()),
-                *((transport.SEVERAL,) if self._hub.several else ()),
-            ),
+            features=features,
         )
 
     async def Participate(
@@ -226,6 +228,27 @@ class Ledger(ledger_service.LedgerServiceServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         self._hub.deliver(outgoing)
         return pb.PostEvaluationResponse(sequence=len(self._hub.sequencer.store) - 1)
+
+    async def PostStatement(
+        self, request: pb.PostStatementRequest, context: Context
+    ) -> pb.PostStatementResponse:
+        """See ledger.proto."""
+        statement = request.statement
+        sequencer = self._hub.sequencer
+        account = sequencer.tally.accounts.get(statement.worker)
+        try:
+            if account is None or sequencer.position is None:
+                raise HandshakeError(f"nobody here has the number {statement.worker}")
+            if not sequencer.config.service.statements_every:
+                raise HandshakeError("this run takes no statements (service.statements_every)")
+            access.named(account.name)
+            stating.take(statement, sequencer.store, sequencer.position)
+        except StoreUnavailable as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        except HandshakeError as error:
+            log.warning("a statement was refused: %s", error)
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return pb.PostStatementResponse()
 
 
 async def _read(context: Context, read: Callable[[], _Result]) -> _Result:

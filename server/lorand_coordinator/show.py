@@ -79,15 +79,19 @@ def bodies(path: Location) -> Iterator[bytes]:
 
 
 def export(path: Location, target: Path) -> int:
-    """Write a portable file of a ledger, with the signature of its end; return its entries.
+    """Write a portable file of a ledger, with statements and the signature of its end.
 
-    Raises LedgerError when the ledger is damaged, OSError when the target cannot be written.
+    Returns the number of entries. Raises LedgerError when the ledger is damaged, OSError when the
+    target cannot be written.
     """
     if ledger.is_file(path):
-        bodies = list(ledger.read_file(Path(path)))
-        return ledger.write_file(target, bodies, ledger.file_signature(Path(path)))
+        source = Path(path)
+        bodies, statements = list(ledger.read_file(source)), list(ledger.file_statements(source))
+        return ledger.write_file(target, bodies, ledger.file_signature(source), statements)
     with closing(ledgers.reader(path)) as store:
-        return ledger.write_file(target, store.entries(), store.signature(len(store) - 1))
+        signature = store.signature(len(store) - 1)
+        statements = [stated.body for stated in store.statements()]
+        return ledger.write_file(target, store.entries(), signature, statements)
 
 
 def rows(path: Location, last: int) -> list[dict[str, Any]]:

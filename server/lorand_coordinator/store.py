@@ -30,6 +30,9 @@ CREATE TABLE IF NOT EXISTS contribution (
     PRIMARY KEY (sequence, position)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS signature (
     sequence INTEGER PRIMARY KEY, key BLOB NOT NULL, value BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS statement (
+    worker INTEGER NOT NULL, sequence INTEGER NOT NULL, body BLOB NOT NULL,
+    PRIMARY KEY (worker, sequence)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS checkpoint (
     sequence INTEGER PRIMARY KEY, head BLOB NOT NULL, committed INTEGER NOT NULL,
     coefficients BLOB NOT NULL, state BLOB NOT NULL);
@@ -47,6 +50,14 @@ class Record(NamedTuple):
     body: bytes
     contributions: Sequence[bytes]
     signature: Signature | None
+
+
+class Stated(NamedTuple):
+    """A worker's statement as it is kept, serialised; `sequence` is the last it is about."""
+
+    worker: int
+    sequence: int
+    body: bytes
 
 
 class StoreUnavailable(LedgerError):
@@ -79,7 +90,12 @@ class Store(Protocol):
         Raises StoreUnavailable when nothing was written.
         """
 
-    def load(self, records: Iterable[Record], checkpoint: Checkpoint | None) -> None:
+    def load(
+        self,
+        records: Iterable[Record],
+        checkpoint: Checkpoint | None,
+        statements: Iterable[Stated] = (),
+    ) -> None:
         """Fill an empty store with another's history, whole or not at all.
 
         Raises LedgerError when it is not empty, StoreUnavailable when nothing was written.
@@ -102,6 +118,19 @@ class Store(Protocol):
 
     def signature(self, sequence: int) -> Signature | None:
         """Return the signature of the history that an entry ends, if it was signed."""
+
+    def keep(self, stated: Stated) -> None:
+        """Make a statement durable, of entries that are there.
+
+        Raises StoreUnavailable when nothing was written, also where there is one of this worker
+        and sequence.
+        """
+
+    def statements(self) -> Iterator[Stated]:
+        """Yield all statements, a worker's after another's, each worker's in order."""
+
+    def last_stated(self, worker: int) -> Stated | None:
+        """Return a worker's newest statement."""
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Keep a checkpoint, and of the older ones only the one before."""
@@ -216,12 +245,9 @@ class SqliteStore:
 
     def _check_end(self, count: int) -> None:
         """Raise LedgerError when entries are missing at the end: a chain cannot tell."""
-        (beyond,) = self._rows(
-            "SELECT (SELECT count(*) FROM contribution WHERE sequence >= ?1)"
-            " + (SELECT count(*) FROM checkpoint WHERE sequence >= ?1)",
-            count,
-        )[0]
-        if beyond:
+        kept = ["contribution", "checkpoint", *["statement"] * self._has_table("statement")]
+        found = "SELECT 1 FROM {} WHERE sequence >= ?1"
+        if self._rows(" UNION ALL ".join(map(found.format, kept)) + " LIMIT 1", count):
             raise LedgerError(
                 f"{self._path}: entries are missing from {count} on; the file was damaged or "
                 "edited: restore it from a backup"
@@ -254,7 +280,12 @@ class SqliteStore:
             signature = (sequence, record.signature.key, record.signature.value)
             self._database.execute("INSERT INTO signature VALUES (?, ?, ?)", signature)
 
-    def load(self, records: Iterable[Record], checkpoint: Checkpoint | None) -> None:
+    def load(
+        self,
+        records: Iterable[Record],
+        checkpoint: Checkpoint | None,
+        statements: Iterable[Stated] = (),
+    ) -> None:
         """See Store."""
         check_empty(self, self._path)
         tree, head = Tree(), GENESIS
@@ -265,6 +296,7 @@ class SqliteStore:
                     head = entry_digest(head, record.body)
                     self._insert(len(tree), record, head)
                     tree.add(merkle.leaf_hash(record.body))
+                self._database.executemany("INSERT INTO statement VALUES (?, ?, ?)", statements)
         except sqlite3.Error as error:
             raise StoreUnavailable(f"{error}; free space at {self._path}") from error
         self.tree, self._count, self._head = tree, len(tree), head
@@ -322,10 +354,43 @@ class SqliteStore:
 
     def signature(self, sequence: int) -> Signature | None:
         """See Store."""
-        if not self._rows("SELECT 1 FROM sqlite_master WHERE name = 'signature'"):
-            return None  # a ledger from before there were signatures, opened for reading
+        if not self._has_table("signature"):
+            return None
         rows = self._rows("SELECT key, value FROM signature WHERE sequence = ?", sequence)
         return Signature(bytes(rows[0][0]), bytes(rows[0][1])) if rows else None
+
+    def keep(self, stated: Stated) -> None:
+        """See Store."""
+        assert stated.sequence < self._count
+        try:
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                self._database.execute("INSERT INTO statement VALUES (?, ?, ?)", stated)
+        except sqlite3.Error as error:
+            raise StoreUnavailable(f"{error}; free space at {self._path}") from error
+
+    def statements(self) -> Iterator[Stated]:
+        """See Store. Of a ledger in use: those of the entries that it had when it was opened."""
+        if not self._has_table("statement"):
+            return
+        worker, sequence = -1, -1
+        while rows := self._rows(
+            "SELECT worker, sequence, CAST(body AS BLOB) FROM statement"
+            " WHERE (worker, sequence) > (?, ?)"
+            f" AND sequence < ? ORDER BY worker, sequence LIMIT {PAGE}",
+            *(worker, sequence, self._count),
+        ):
+            for worker, sequence, body in rows:
+                yield Stated(worker, sequence, bytes(body))
+
+    def last_stated(self, worker: int) -> Stated | None:
+        """See Store."""
+        rows = self._rows(
+            "SELECT worker, sequence, body FROM statement WHERE worker = ?"
+            " ORDER BY sequence DESC LIMIT 1",
+            worker,
+        )
+        return Stated(worker, rows[0][1], bytes(rows[0][2])) if rows else None
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """See Store."""
@@ -356,6 +421,10 @@ class SqliteStore:
             return None
         sequence, head, committed, coefficients, state = rows[0]
         return Checkpoint(sequence, bytes(head), committed, bytes(coefficients), bytes(state))
+
+    def _has_table(self, name: str) -> bool:
+        """Whether there is a table that a ledger of an older release, opened to read, lacks."""
+        return bool(self._rows(f"SELECT 1 FROM sqlite_master WHERE name = '{name}'"))
 
     def _rows(self, query: str, *parameters: int) -> list[tuple[Any, ...]]:
         """Return what a query finds. Raises LedgerError for damage found on the way."""

@@ -21,6 +21,7 @@ from lorand_coordinator.store import (
     Checkpoint,
     Record,
     Signer,
+    Stated,
     StoreUnavailable,
     check_chain,
     check_empty,
@@ -48,6 +49,9 @@ INSERT INTO contribution (run, sequence, position, body)
 SELECT %s, %s, number - 1, body
 FROM unnest(%b::bytea[]) WITH ORDINALITY AS part (body, number)"""
 _SIGN: Final = "INSERT INTO signature (run, sequence, key, value) VALUES (%s, %s, %s, %s)"
+_STATE: Final = """
+INSERT INTO statement (run, worker, sequence, body)
+SELECT name, %s, %s, %s FROM run WHERE name = %s AND epoch = %s FOR UPDATE"""
 _SAVE: Final = """
 INSERT INTO checkpoint (run, sequence, head, committed, coefficients, state)
 SELECT name, %s, %s, %s, %s, %s FROM run WHERE name = %s AND epoch = %s FOR UPDATE
@@ -88,7 +92,7 @@ class PostgresStore:
         self.signer: Signer | None = None
         self._run, self._leader = run or fragment, leader
         self._epoch: int | None = None
-        self._has_signatures = True
+        self._lacks: set[str] = set()
         prepare = self._find if read_only else self._lead
         self._session = postgres.Session(url, prepare)
         try:
@@ -127,9 +131,11 @@ class PostgresStore:
             )
             asked = f"no run {self._run!r}" if self._run else "no single run"
             raise LedgerError(f"there is {asked} at {self._session.name}, which holds {held}")
-        # A reader does not migrate: the ledger may be from before there were signatures.
-        found = connection.execute("SELECT to_regclass('lorand.signature')").fetchone()
-        self._has_signatures = found is not None and found[0] is not None
+        # A reader does not migrate: the ledger may be from before there were these.
+        for table in ("signature", "statement"):
+            found = connection.execute("SELECT to_regclass(%s)", (f"lorand.{table}",)).fetchone()
+            if found is None or found[0] is None:
+                self._lacks.add(table)
 
     def _lead(self, connection: postgres.Connection) -> None:
         """Get the run's lock, and its next epoch if this is the first connection.
@@ -190,7 +196,8 @@ class PostgresStore:
         entry = " AND NOT EXISTS (SELECT FROM entry AS e WHERE (e.run, e.sequence) = "
         beyond = " UNION ALL ".join(
             kept.format(table) + entry + "(kept.run, kept.sequence))"
-            for table in ("contribution", "checkpoint")
+            for table in ("contribution", "checkpoint", "statement")
+            if table not in self._lacks
         )
         if self._rows(beyond + " LIMIT 1", run=self._run, count=self._count):
             raise LedgerError(
@@ -227,7 +234,12 @@ class PostgresStore:
             signature = (record.signature.key, record.signature.value)
             connection.execute(_SIGN, (self._run, sequence, *signature))
 
-    def load(self, records: Iterable[Record], checkpoint: Checkpoint | None) -> None:
+    def load(
+        self,
+        records: Iterable[Record],
+        checkpoint: Checkpoint | None,
+        statements: Iterable[Stated] = (),
+    ) -> None:
         """See Store."""
         check_empty(self, self.name)
         tree, head = Tree(), GENESIS
@@ -236,6 +248,8 @@ class PostgresStore:
                 head = entry_digest(head, record.body)
                 self._insert(connection, len(tree), record, head)
                 tree.add(merkle.leaf_hash(record.body))
+            for stated in statements:
+                self._state(connection, stated)
         self.tree, self._count, self._head = tree, len(tree), head
         if checkpoint is not None:
             self.save_checkpoint(checkpoint)
@@ -246,6 +260,17 @@ class PostgresStore:
             return self.digest(self._count) == digest
         except LedgerError:
             return False
+
+    def keep(self, stated: Stated) -> None:
+        """See Store."""
+        assert stated.sequence < self._count
+        with self._session.use() as connection, connection.transaction():
+            self._state(connection, stated)
+
+    def _state(self, connection: postgres.Connection, stated: Stated) -> None:
+        row = (*stated, self._run, self._writing())
+        if connection.execute(_STATE, row).rowcount == 0:
+            raise self._taken_over()
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """See Store."""
@@ -328,13 +353,36 @@ class PostgresStore:
 
     def signature(self, sequence: int) -> Signature | None:
         """See Store."""
-        if not self._has_signatures:
+        if "signature" in self._lacks:
             return None
         rows = self._rows(
             "SELECT key, value FROM signature WHERE run = %s AND sequence = %s",
             *(self._run, sequence),
         )
         return Signature(bytes(rows[0][0]), bytes(rows[0][1])) if rows else None
+
+    def statements(self) -> Iterator[Stated]:
+        """See Store. Of a ledger in use: those of the entries that it had when it was opened."""
+        if "statement" in self._lacks:
+            return
+        worker, sequence = -1, -1
+        while rows := self._rows(
+            "SELECT worker, sequence, body FROM statement WHERE run = %s"
+            " AND (worker, sequence) > (%s, %s) AND sequence < %s"
+            " ORDER BY worker, sequence LIMIT %s",
+            *(self._run, worker, sequence, self._count, PAGE),
+        ):
+            yield from (Stated(*row) for row in rows)
+            worker, sequence, _ = rows[-1]
+
+    def last_stated(self, worker: int) -> Stated | None:
+        """See Store."""
+        rows = self._rows(
+            "SELECT worker, sequence, body FROM statement WHERE run = %s AND worker = %s"
+            " ORDER BY sequence DESC LIMIT 1",
+            *(self._run, worker),
+        )
+        return Stated(*rows[0]) if rows else None
 
     def newest_checkpoint(self) -> Checkpoint | None:
         """See Store."""

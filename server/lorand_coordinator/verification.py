@@ -1,4 +1,4 @@
-"""Checking a ledger offline: chain, every delta, contributions, tree, signatures."""
+"""Checking a ledger offline: chain, every delta, contributions, tree, signatures, statements."""
 
 from collections.abc import Iterable
 from contextlib import closing
@@ -9,9 +9,11 @@ from lorand import ledger
 from lorand.errors import LedgerError
 from lorand.heads import Head, KeptHead, Signature
 from lorand.ledger import Position
+from lorand.privacy.roster import Members
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import ledgers
 from lorand_coordinator.ledgers import Location
+from lorand_coordinator.stating import Audit, Standing
 from lorand_coordinator.store import Store
 
 
@@ -23,6 +25,8 @@ class Verified:
     contributions: int
     signatures: int
     key: bytes | None
+    standing: Standing | None = None
+    """What its workers stand by, where they are known."""
 
 
 class _Check:
@@ -79,40 +83,58 @@ def _compare(run_digest: bytes, ours: Head, kept: KeptHead) -> None:
         )
 
 
-def verify(path: Location, key: bytes | None = None, kept: KeptHead | None = None) -> Verified:
+def verify(
+    path: Location,
+    key: bytes | None = None,
+    kept: KeptHead | None = None,
+    roster: Members | None = None,
+) -> Verified:
     """Check a ledger, in a store or exported; with a `key`, that its end is signed by it.
 
-    With a head that a worker `kept`, that the ledger has the history that it is of. Contributions
-    are checked where they are: exported ledgers have none. Raises LedgerError.
+    With a head that a worker `kept`, that the ledger has the history that it is of; with the
+    workers' `roster`, that it is what they signed. Contributions are checked where they are:
+    exported ledgers have none. Raises LedgerError.
     """
     check = _Check(path, kept)
     if ledger.is_file(path):
-        position = _follow(ledger.read_file(Path(path)), check)
+        stated = ledger.file_statements(Path(path))
+        audit = None if roster is None else Audit(roster, stated, contributions=False)
+        position = _follow(ledger.read_file(Path(path)), check, audit)
         if position is not None:
             check.signed(position, ledger.file_signature(Path(path)))
-        return Verified(check.end(position, key), 0, check.signatures, check.key)
+        end = check.end(position, key)
+        return Verified(end, 0, check.signatures, check.key, audit.end() if audit else None)
     with closing(ledgers.reader(path)) as store:
+        bodies = (stated.body for stated in store.statements())
+        audit = None if roster is None else Audit(roster, bodies, contributions=True)
         position, checked = None, 0
         for body in store.entries():
             position = ledger.apply(position or ledger.origin_of(body), body)
             check.signed(position, store.signature(position.next_sequence - 1))
             check.seen(position)
-            checked += _contributions(store, ledger.parse(body))
-        return Verified(check.end(position, key), checked, check.signatures, check.key)
+            entry = ledger.parse(body)
+            parts = _contributions(store, entry)
+            checked += len(parts)
+            if audit is not None:
+                audit.take(entry, parts, position)
+        end = check.end(position, key)
+        return Verified(end, checked, check.signatures, check.key, audit.end() if audit else None)
 
 
-def _follow(bodies: Iterable[bytes], check: _Check) -> Position | None:
+def _follow(bodies: Iterable[bytes], check: _Check, audit: Audit | None) -> Position | None:
     position = None
     for body in bodies:
         position = ledger.apply(position or ledger.origin_of(body), body)
         check.seen(position)
+        if audit is not None:
+            audit.take(ledger.parse(body), (), position)
     return position
 
 
-def _contributions(store: Store, entry: pb.Entry) -> int:
-    """Check those of a commit; return how many there are."""
+def _contributions(store: Store, entry: pb.Entry) -> list[bytes]:
+    """Return those of a commit, checked."""
     if not entry.HasField("commit"):
-        return 0
+        return []
     parts = store.contributions(entry.sequence)
     ledger.check_contributions(entry, parts)
-    return len(parts)
+    return parts

@@ -15,7 +15,15 @@ from lorand.heads import Head, Signature
 from lorand.ledger import GENESIS, entry_digest, parse
 from lorand.merkle import Frontier
 from lorand.privacy.primitives import IdentityKey
-from lorand_coordinator.store import PAGE, Checkpoint, Record, SqliteStore, Store, StoreUnavailable
+from lorand_coordinator.store import (
+    PAGE,
+    Checkpoint,
+    Record,
+    SqliteStore,
+    Stated,
+    Store,
+    StoreUnavailable,
+)
 
 OPEN: Final[dict[str, Callable[[Path], Store]]] = {
     "file": lambda folder: SqliteStore(folder / "run.ledger"),
@@ -42,6 +50,8 @@ def test_a_new_store_is_empty(store: Store) -> None:
     assert list(store.entries()) == []
     assert store.contributions(0) == []
     assert store.newest_checkpoint() is None
+    assert list(store.statements()) == []
+    assert store.last_stated(1) is None
 
 
 def test_append_numbers_and_chains(store: Store) -> None:
@@ -142,8 +152,11 @@ def test_an_empty_store_takes_anothers_history(store: Store) -> None:
             Record(body, other.contributions(n), other.signature(n))
             for n, body in enumerate(bodies)
         ]
-        store.load(records, checkpoint(3))
+        for stated in (Stated(2, 1, b"of two"), Stated(1, 4, b"of one")):
+            other.keep(stated)
+        store.load(records, checkpoint(3), other.statements())
         assert (len(store), store.head()) == (5, other.head())
+        assert list(store.statements()) == [Stated(1, 4, b"of one"), Stated(2, 1, b"of two")]
     assert list(store.entries()) == bodies
     assert [store.contributions(n) for n in range(5)] == [
         record.contributions for record in records
@@ -168,6 +181,55 @@ def test_a_history_that_breaks_off_leaves_nothing(store: Store) -> None:
     assert (len(store), store.head(), store.contributions(0)) == (0, GENESIS, [])
     assert (len(store.tree), store.signature(0)) == (0, None)
     fill(store, 1)
+
+
+def test_statements_that_break_off_leave_nothing(store: Store) -> None:
+    def breaks_off() -> Iterator[Stated]:
+        yield Stated(1, 0, b"first")
+        raise LedgerError("the other store is gone")
+
+    with pytest.raises(LedgerError, match="the other store is gone"):
+        store.load([Record(b"first", [], None)], None, breaks_off())
+    assert (len(store), list(store.statements())) == (0, [])
+    fill(store, 1)
+
+
+# ------------------------------------------------------------- statements
+
+
+def test_statements_are_kept_by_worker_in_order(store: Store) -> None:
+    """Whatever the order in which they come; the newest is who says most, not who came last."""
+    fill(store, 5)
+    kept = [Stated(w, s, b"%d of %d" % (s, w)) for w, s in ((2, 1), (1, 4), (2, 3), (1, 0), (9, 2))]
+    for stated in kept:
+        store.keep(stated)
+    assert list(store.statements()) == sorted(kept)
+    assert [store.last_stated(w) for w in (1, 2, 3, 9)] == [kept[1], kept[2], None, kept[4]]
+
+
+def test_a_statement_is_not_replaced(store: Store) -> None:
+    fill(store, 2)
+    store.keep(Stated(1, 1, b"first"))
+    with pytest.raises(StoreUnavailable):
+        store.keep(Stated(1, 1, b"second"))
+    assert list(store.statements()) == [Stated(1, 1, b"first")]
+    store.append(commit(2))
+    store.keep(Stated(1, 2, b"second"))
+    assert store.last_stated(1) == Stated(1, 2, b"second")
+
+
+def test_many_statements_are_read_in_pages(store: Store) -> None:
+    fill(store, 3)
+    kept = [Stated(worker, worker % 3, b"s") for worker in range(1, PAGE + 4)]
+    records = [Record(body, store.contributions(n), None) for n, body in enumerate(store.entries())]
+    with closing(SqliteStore(":memory:")) as other:
+        other.load(records, None, kept)
+        assert list(other.statements()) == kept
+    if isinstance(store, SqliteStore):
+        store._database.execute("PRAGMA synchronous = OFF")  # for speed
+    for stated in kept:
+        store.keep(stated)
+    assert list(store.statements()) == kept
 
 
 # ------------------------------------------------------------- signed histories
@@ -244,7 +306,10 @@ def test_a_failed_append_writes_nothing_and_can_be_repeated(
             assert store.contributions(2) == []
         with pytest.raises(StoreUnavailable):
             store.save_checkpoint(checkpoint(1))
+        with pytest.raises(StoreUnavailable, match="free space at "):
+            store.keep(Stated(1, 1, b"said"))
         assert store.newest_checkpoint() is None
+        assert list(store.statements()) == []
         database.problem = None
         store.append(commit(2), [b"x"])
         assert store.contributions(2) == [b"x"]

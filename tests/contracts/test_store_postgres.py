@@ -19,7 +19,7 @@ from lorand.heads import Head
 from lorand.ledger import parse
 from lorand.privacy.primitives import IdentityKey
 from lorand_coordinator import postgres as sessions
-from lorand_coordinator.store import StoreUnavailable
+from lorand_coordinator.store import Stated, StoreUnavailable
 from lorand_coordinator.store_postgres import InUse, PostgresStore, TakenOver
 
 pytestmark = pytest.mark.postgres
@@ -279,6 +279,8 @@ def test_runs_in_one_database_do_not_meet(postgres: Server, run: str) -> None:
         assert one.newest_checkpoint() is None
         assert [parse(body).sequence for body in one.entries()] == [0, 1, 2]
         assert two.contributions(2) == []
+        two.keep(Stated(1, 0, b"of two"))
+        assert (list(one.statements()), one.last_stated(1)) == ([], None)
     assert_whole(postgres, run, 3)
     assert_whole(postgres, run + " two", 1)
 
@@ -296,7 +298,10 @@ def test_an_old_leader_never_writes_again(postgres: Server, store: PostgresStore
                 store.confirm()
         with pytest.raises(StoreUnavailable):
             store.save_checkpoint(checkpoint(1))
+        with pytest.raises(StoreUnavailable):
+            store.keep(Stated(1, 1, b"ours"))
         other.append(commit(3))
+        assert list(other.statements()) == []
         assert other.contributions(2) == [b"theirs"]
     with pytest.raises(TakenOver):
         store.append(commit(2), [b"ours"])
@@ -313,6 +318,8 @@ def test_an_epoch_fences_also_without_a_lock(
         store.append(commit(2))
     with pytest.raises(TakenOver):
         store.save_checkpoint(checkpoint(1))
+    with pytest.raises(TakenOver):
+        store.keep(Stated(1, 1, b"ours"))
     with pytest.raises(TakenOver):
         store.confirm()
     assert_whole(postgres, run, 2)
@@ -371,7 +378,11 @@ def test_readers_need_no_lock_and_write_nothing(
             reader.append(commit(3))
         with pytest.raises(StoreUnavailable, match="opened for reading"):
             reader.save_checkpoint(checkpoint(2))
+        with pytest.raises(StoreUnavailable, match="opened for reading"):
+            reader.keep(Stated(1, 1, b"said"))
         store.append(commit(3), [b"x"])
+        store.keep(Stated(1, 3, b"of an entry that the reader does not have"))
+        assert list(reader.statements()) == []
         assert len(list(reader.entries())) == 3
     assert_whole(postgres, run, 4)
 
@@ -457,14 +468,16 @@ def test_messages_do_not_tell_passwords() -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_ledger_from_before_there_were_signatures_is_read(
-    postgres: Server, store: PostgresStore, run: str
+@pytest.mark.parametrize("table", ["signature", "statement"])
+def test_a_ledger_from_before_there_was_a_table_is_read(
+    postgres: Server, store: PostgresStore, run: str, table: str
 ) -> None:
     """A reader does not bring the schema up to date."""
     fill(store, 2)
-    postgres.execute("ALTER TABLE lorand.signature RENAME TO away")
+    postgres.execute(f"ALTER TABLE lorand.{table} RENAME TO away")
     try:
         with closing(PostgresStore(postgres.url, run, read_only=True)) as reader:
-            assert [reader.signature(0), len(reader)] == [None, 2]
+            assert (reader.signature(0) is None) == (table == "signature")
+            assert (len(reader), list(reader.statements())) == (2, [])
     finally:
-        postgres.execute("ALTER TABLE lorand.away RENAME TO signature")
+        postgres.execute(f"ALTER TABLE lorand.away RENAME TO {table}")

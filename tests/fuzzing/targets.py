@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from google.protobuf.message import DecodeError, Message
@@ -16,10 +16,18 @@ from tests import tiny
 from tests.end_to_end.test_bytes import Stand
 from tests.runs import IDENTITY, config_of, contribution, hello
 from tests.unit.secure_sum.cohort import RUN, STATE, Cohort
-from tests.unit.signed_histories import BODIES, CONFIG, KEY, answer, position_of
+from tests.unit.signed_histories import (
+    BODIES,
+    CONFIG,
+    KEY,
+    OTHER_KEY,
+    answer,
+    position_of,
+    store_of,
+)
 from tests.unit.signed_histories import RUN as SIGNED_RUN
 
-from lorand import adapter, codec, heads, ledger
+from lorand import adapter, codec, heads, ledger, statements
 from lorand.config import RunConfig, TaskSection
 from lorand.errors import ContributionError
 from lorand.heads import KeptHead
@@ -28,18 +36,32 @@ from lorand.manifest import Identity, Manifest, TensorSpec
 from lorand.merkle import Frontier
 from lorand.privacy.accountant import Release
 from lorand.privacy.attempts import Attempt, Keys
-from lorand.privacy.roster import Roster
+from lorand.privacy.roster import Members, Roster
 from lorand.privacy.vectors import MaskedSum
 from lorand.subspaces import elections
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import ledger_pb2 as pb
-from lorand_coordinator import optimizer, snapshot, verification
+from lorand_coordinator import optimizer, snapshot, stating, verification
 from lorand_coordinator.sequencer import Sequencer
+from lorand_coordinator.stating import Audit
 from lorand_coordinator.store import SqliteStore
 from lorand_worker import budget, data, feedback
 from lorand_worker.feedback import FileMemory, Place
 from lorand_worker.participant import Participant
+from lorand_worker.stating import Statements
 from lorand_worker.witness import Witness
+
+STATEMENT: Final = statements.sign(
+    OTHER_KEY,
+    SIGNED_RUN,
+    pb.Statement(
+        worker=1,
+        first=1,
+        last=len(BODIES) - 1,
+        head=position_of(BODIES).head,
+        contributions=statements.NOTHING,
+    ),
+)
 
 
 class TurnedAway(Exception):
@@ -94,13 +116,15 @@ def ledger_targets(folder: Path) -> list[Target]:
     def apply(body: bytes) -> None:
         ledger.apply(apply_to[ledger.parse(body).sequence % len(apply_to)], body)
 
-    plain, signed = folder / "plain", folder / "signed"
+    plain, signed, stated = folder / "plain", folder / "signed", folder / "stated"
     head = position_of(BODIES).history
     signature = heads.sign(KEY, SIGNED_RUN, head)
     ledger.write_file(plain, BODIES)
     ledger.write_file(signed, BODIES, signature)
+    ledger.write_file(stated, BODIES, signature, wired(STATEMENT))
     kept = KeptHead(SIGNED_RUN, head, signature)
-    files = [plain.read_bytes(), signed.read_bytes()]
+    files = [plain.read_bytes(), signed.read_bytes(), stated.read_bytes()]
+    roster = Members.of({"worker-1": OTHER_KEY.public})
     return [
         Target("an entry", BODIES, ledger.parse, 2.0),
         Target("an entry after others", BODIES, apply, 2.0),
@@ -114,13 +138,52 @@ def ledger_targets(folder: Path) -> list[Target]:
         Target(
             "a ledger to verify",
             files,
-            in_file(folder / "fuzzed", verification.verify),
+            in_file(folder / "fuzzed", partial(verification.verify, roster=roster)),
             0.05,
         ),
         Target("a kept head", [kept.to_json().encode()], KeptHead.from_json),
         Target("coefficients", [bytes(512)], partial(ledger.unpack_coefficients, size=64)),
         Target("narrow ones", [bytes(192)], partial(ledger.unpack_coefficients, size=64, width=3)),
         Target("a frontier", [bytes(96)], lambda d: Frontier.of(len(d), [d[:32], d[32:64]])),
+    ]
+
+
+def statement_targets(folder: Path) -> list[Target]:
+    """What workers sign, as a coordinator takes it, an auditor reads it, a worker keeps it."""
+    store, position = store_of(BODIES), position_of(BODIES)
+    place = Place(folder / "state", SIGNED_RUN, "worker-1")
+    account = Statements(OTHER_KEY, SIGNED_RUN, place, lambda text: None)
+    account.sent(1, pb.Contribution(round_index=8, codes=b"\1\2\3"), position)
+    account._unposted.append(STATEMENT)
+    account._keep()
+    roster = Members.of({"worker-1": OTHER_KEY.public})
+
+    def take(data: bytes) -> None:
+        stating.take(message_of(pb.Statement, data), store, position)
+        assert len(list(store.statements())) == 1, "one that is signed, whatever is around it"
+
+    def audit(data: bytes) -> None:
+        one = Audit(roster, [data], contributions=False)
+        one.take(ledger.parse(BODIES[1]), [], position)
+        one.end()
+
+    def contribution_of(data: bytes) -> None:
+        Audit(roster, [], contributions=True).take(ledger.parse(BODIES[3]), [data], position)
+
+    stored = pb.StoredContribution(worker=1, contribution=pb.Contribution(round_index=1))
+    return [
+        Target("a statement", wired(STATEMENT), take, 0.5),
+        Target("a statement to audit", wired(pb.Statement(worker=3, last=1)), audit, 0.5),
+        Target("a contribution to audit", wired(stored), contribution_of, 0.5),
+        Target(
+            "a worker's account",
+            [place.file("statements.json").read_bytes()],
+            in_file(
+                place.file("statements.json"),
+                lambda path: Statements(OTHER_KEY, SIGNED_RUN, place, lambda text: None),
+            ),
+            0.3,
+        ),
     ]
 
 
@@ -401,6 +464,7 @@ def all_targets(folder: Path) -> list[Target]:
     """Every reader, with its files in a folder."""
     return [
         *ledger_targets(folder),
+        *statement_targets(folder),
         store_target(folder),
         *text_targets(),
         *sum_targets(),

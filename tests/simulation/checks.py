@@ -4,11 +4,13 @@ from contextlib import closing
 from itertools import chain
 from pathlib import Path
 
+from tests.simulation.workers import key_of
 from tests.simulation.world import KEY, World
 
 from lorand import codec, ledger
 from lorand.heads import KeptHead
 from lorand.ledger import Position
+from lorand.privacy.roster import Members
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import aggregation, optimizer, verification
 from lorand_coordinator.sequencer import Sequencer
@@ -36,6 +38,7 @@ def check(world: World) -> Position:
     with closing(world.disk.open()) as reopened:
         again = Sequencer(world.config, reopened, None)
         check_signatures(world, reopened)
+        check_statements(world, Path(reopened._path))
     assert again.position is not None
     assert again.position.head == end.head, "I1: lost at the very end"
     ours, theirs = (pack_state(one._optimizer) for one in (sequencer, again))
@@ -50,6 +53,18 @@ def check_signatures(world: World, store: SqliteStore) -> None:
     for kept in kept_heads:
         found = verification.verify(Path(store._path), KEY.public, kept)
         assert found.signatures == len(store), "I3: an entry is not signed"
+
+
+def check_statements(world: World, path: Path) -> None:
+    """I9: every contribution is stated by its worker, whatever happened on the way."""
+    if not world.config.service.statements_every:
+        return
+    roster = Members.of({one.name: key_of(one.name).public for one in world.workers})
+    found = verification.verify(path, roster=roster)
+    assert found.standing is not None
+    assert found.standing.unstated == (), "I9: not stated"
+    assert found.standing.stated == found.contributions, "I9: stated"
+    assert not list(world.state.glob("*.statements.json")), "I9: the account is gone with the run"
 
 
 def check_order(entries: list[pb.Entry]) -> None:

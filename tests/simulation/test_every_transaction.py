@@ -49,8 +49,8 @@ def live(seed: int, template: Path, plan: dict[int, Fault]) -> int:
 
 
 @pytest.mark.parametrize("fault", PLANNED)
-def test_a_join_and_a_commit_go_wrong(fault: Fault, template: Path) -> None:
-    for index in (1, 6):
+def test_a_join_a_commit_and_a_statement_go_wrong(fault: Fault, template: Path) -> None:
+    for index in (1, 4, 5):
         live(SEED, template, {index: fault})
 
 

@@ -19,6 +19,7 @@ from tests.simulation.world import MISFORTUNES, World
 
 from lorand.coefficients import Coefficients
 from lorand.ledger import Position, entry_digest
+from lorand.statements import after
 from lorand.v1 import ledger_pb2 as pb
 from lorand_coordinator import sequencer, snapshot
 from lorand_coordinator.hub import Connection, Hub
@@ -26,6 +27,7 @@ from lorand_coordinator.optimizer import State
 from lorand_coordinator.store import SqliteStore, StoreUnavailable
 from lorand_worker.feedback import Memory
 from lorand_worker.participant import Participant
+from lorand_worker.stating import Statements
 
 SEEDS: Final = int(os.environ.get("LORAND_SIM_SEEDS", "200"))
 HERE: Final = "tests/simulation/test_simulation.py::test_a_run_survives_its_faults"
@@ -191,6 +193,30 @@ def answer_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Participant, "__init__", forget)
 
 
+def account_in_memory(patch: pytest.MonkeyPatch) -> None:
+    """A worker that comes back does not know what it sent."""
+    patch.setattr(Statements, "_keep", lambda self: None)
+
+
+def leap_over_what_was_sent(patch: pytest.MonkeyPatch) -> None:
+    """A worker that jumps does not state the contribution that it waits for."""
+    patch.setattr(Statements, "look_up", lambda self, bodies: None)
+
+
+def hasty_account(patch: pytest.MonkeyPatch) -> None:
+    """What was sent counts as committed, whatever the ledger says."""
+    sent = Statements.sent
+
+    def hasty(self: Statements, worker: int, said: pb.Contribution, position: Position) -> None:
+        sent(self, worker, said, position)
+        assert self._account is not None
+        assert self._account.awaited is not None
+        digest = after(self._account.digest, position.next_sequence, self._account.awaited[1])
+        self._account = replace(self._account, digest=digest, count=self._account.count + 1)
+
+    patch.setattr(Statements, "sent", hasty)
+
+
 def live_all(seeds: Iterable[int], template: Path) -> None:
     for seed in seeds:
         live(seed, template)
@@ -209,6 +235,9 @@ def live_all(seeds: Iterable[int], template: Path) -> None:
         (leap_over_a_commit, "I8"),
         (feedback_ends_with_an_old_pool, "I8"),
         (answer_forgotten, "I8"),
+        (account_in_memory, "I9"),
+        (leap_over_what_was_sent, "I9"),
+        (hasty_account, "not what its workers signed"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import grpc
 import numpy as np
 from tests.runs import IDENTITY
+from tests.simulation.disk import Crash
 from tests.simulation.network import Stream
 
 from lorand.codec import Floats
 from lorand.directions import Indices
 from lorand.ledger import Position, coefficients_digest
 from lorand.privacy.mechanism import Integers
+from lorand.privacy.primitives import KEY_BYTES, IdentityKey
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import coordination_pb2_grpc as coordination
 from lorand.v1 import ledger_pb2 as pb
@@ -53,7 +55,8 @@ class Worker:
         link = LocalLink(world)
         bench = Quadratic(world, self.name, self._life)
         self.session = Session(
-            link, world.config, IDENTITY, bench, self.name, Silence(), world.state
+            *(link, world.config, IDENTITY, bench, self.name, Silence(), world.state),
+            key=key_of(self.name) if world.config.service.statements_every else None,
         )
         self.session._session = world.rng.getrandbits(63)  # Session's own is not from the seed
         self._connect(self._life)
@@ -93,6 +96,11 @@ class Worker:
         if session._has_ledger():
             session._catch_up()
         session._check_history()
+        try:
+            session._hand_in_what_waits()
+        except grpc.RpcError as error:
+            self.reconnect(str(error))
+            return
         self._note_position()
         if self.done:
             return
@@ -116,7 +124,7 @@ class Worker:
             self.busy_until = self._world.now + self._world.rng.uniform(0.05, 0.8)
         try:
             self.session._handle(cast(links.Stream, stream), message)
-        except links.Retry as error:
+        except (links.Retry, grpc.RpcError) as error:
             stream.hang_up()
             self.reconnect(str(error))
             return
@@ -165,6 +173,11 @@ class Worker:
         self.done = position.finished
 
 
+def key_of(name: str) -> IdentityKey:
+    """What a worker signs its statements with, in every life."""
+    return IdentityKey(name.encode().ljust(KEY_BYTES))
+
+
 class Silence:
     """Takes what a session says."""
 
@@ -205,6 +218,16 @@ class Quadratic:
         raise NotImplementedError
 
 
+class Ended:
+    """The context of a call: how it ends where it is not answered."""
+
+    @staticmethod
+    async def abort(code: grpc.StatusCode, details: str) -> None:
+        """Have the call end so. Nothing that a worker says is refused for good."""
+        assert code is grpc.StatusCode.UNAVAILABLE, f"I9: {details}"
+        raise grpc.RpcError(details)
+
+
 class LocalLink(links.Link):
     """The worker's link, its calls answered by the coordinator's services in this process."""
 
@@ -237,6 +260,22 @@ class LocalLink(links.Link):
         if self._world.coordinator.hub is None:
             raise grpc.RpcError("nobody answers")
         return _result(service.Ledger(self._hub()).GetHead(request, cast(Any, None)))
+
+    def PostStatement(
+        self, request: pb.PostStatementRequest, timeout: float
+    ) -> pb.PostStatementResponse:
+        """See ledger.proto. It is written to the disk, where all may go wrong."""
+        coordinator = self._world.coordinator
+        if coordinator.hub is None:
+            raise grpc.RpcError("nobody answers")
+        answered = service.Ledger(coordinator.hub).PostStatement(request, cast(Any, Ended))
+        try:
+            return _result(answered)
+        except Crash as error:
+            coordinator.end(str(error))
+            raise grpc.RpcError("nobody answers any more") from error
+        finally:
+            self._world.disk.blind = False  # nobody looks it up: it is handed in again
 
     def ReadEntries(
         self, request: pb.ReadEntriesRequest, timeout: float | None

@@ -90,6 +90,7 @@ def config_for(rng: random.Random, seed: int) -> RunConfig:
             "commit_retry_s": 0.5,
             "heartbeat_s": 0.5,
             "heartbeat_timeout_s": 2.0,
+            "statements_every": random.Random(seed).choice([0, 1, 2, 5]),
         },
     )
 
@@ -229,7 +230,7 @@ class Coordinator:
             identity = None if adopts else IDENTITY
             sequencer = Sequencer(world.config, self.store, identity, key=KEY)
         except (StoreUnavailable, Crash) as error:
-            self._end(str(error))
+            self.end(str(error))
             return
         for sequence, head in world.heads.items():
             assert sequence < len(self.store), f"I1: entry {sequence} was seen and lost"
@@ -241,9 +242,10 @@ class Coordinator:
     def crash(self) -> None:
         """End the process where it is."""
         if self.hub is not None:
-            self._end("")
+            self.end("")
 
-    def _end(self, why: str) -> None:
+    def end(self, why: str) -> None:
+        """End the process, for a reason; it is started again."""
         world, store = self._world, self.store
         assert store is not None
         world.tell(f"coordinator ends {why}")
@@ -274,7 +276,7 @@ class Coordinator:
                 for stream in list(self.streams):
                     stream.pump()
             except Crash as error:
-                self._end(str(error))
+                self.end(str(error))
 
     def _next_tick(self, hub: Hub) -> None:
         if self.hub is hub:

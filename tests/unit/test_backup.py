@@ -19,7 +19,7 @@ from lorand.privacy.primitives import IdentityKey
 from lorand_coordinator import backup, cli, ledgers, show, verification
 from lorand_coordinator.ledgers import Location
 from lorand_coordinator.sequencer import Sequencer
-from lorand_coordinator.store import SqliteStore, Store
+from lorand_coordinator.store import SqliteStore, Stated, Store
 from lorand_coordinator.store_postgres import InUse, PostgresStore
 
 CONFIG: Final = config_of(run={"rounds": 50}, service={"checkpoint_every": 4})
@@ -56,6 +56,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Location]
         store = PostgresStore(url, "small")
     with closing(store):
         take_rounds(store, 1, ROUNDS)
+        store.keep(Stated(2, 5, b"what two said"))
         yield location
 
 
@@ -72,7 +73,8 @@ def everything(location: Location) -> tuple[object, ...]:
         parts = [store.contributions(sequence) for sequence in range(len(bodies))]
         signatures = [store.signature(sequence) for sequence in range(len(bodies))]
         assert None not in signatures
-        return bodies, parts, signatures, store.newest_checkpoint(), store.head()
+        statements = list(store.statements())
+        return bodies, parts, signatures, statements, store.newest_checkpoint(), store.head()
 
 
 def test_a_backup_is_everything_and_a_run_goes_on_with_it(source: Location, tmp_path: Path) -> None:
@@ -81,6 +83,8 @@ def test_a_backup_is_everything_and_a_run_goes_on_with_it(source: Location, tmp_
     assert sorted(path.name for path in tmp_path.glob("copy*")) == ["copy.ledger"]
     assert position.committed == ROUNDS
     assert everything(copy) == everything(source)
+    with closing(ledgers.reader(copy)) as store:
+        assert list(store.statements()) == [Stated(2, 5, b"what two said")]
     found = verification.verify(copy, KEY.public)
     assert (found.contributions, found.signatures) == (2 * ROUNDS, position.next_sequence)
     with closing(SqliteStore(":memory:")) as uninterrupted:

@@ -122,6 +122,14 @@ def test_a_worker_receives_the_whole_config() -> None:
     assert again.digest() == config.digest()
 
 
+def test_an_older_worker_is_sent_nothing_that_it_does_not_know() -> None:
+    """Statements were added after the first workers: where there are none, nothing names them."""
+    assert "statements_every" not in config_of().to_json()
+    stating = config_of(service="statements_every = 50")
+    assert RunConfig.from_json(stating.to_json()) == stating
+    assert stating.digest() == config_of().digest()
+
+
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]"])
 def test_a_coordinator_that_sends_no_config(text: str) -> None:
     with pytest.raises(ConfigError, match="the coordinator's run config is not a valid run"):

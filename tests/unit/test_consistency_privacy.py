@@ -165,6 +165,24 @@ SECURE: Final = 'mode = "secure-sum"\nhonest_min = 2'
             "keeps nobody's scalars",
             "set it to false",
         ),
+        (
+            {
+                "privacy": 'mode = "central"',
+                "rounds": 'telemetry = "none"',
+                "service": "statements_every = 50",
+            },
+            "stores nobody's contribution",
+            "set it to 0",
+        ),
+        (
+            {
+                "privacy": SECURE,
+                "rounds": 'telemetry = "none"',
+                "service": "statements_every = 50",
+            },
+            "stores nobody's contribution",
+            "set it to 0",
+        ),
     ],
     ids=[
         "privacy and loss",
@@ -190,6 +208,8 @@ SECURE: Final = 'mode = "secure-sum"\nhonest_min = 2'
         "median of a sum",
         "a secure sum in haste",
         "quarantine in a sum",
+        "statements of a central sum",
+        "statements of a secure sum",
     ],
 )
 def test_settings_that_do_not_go_with_privacy(

@@ -1,11 +1,11 @@
-"""The roster: who may take part in a secure sum, pinned at every member."""
+"""The roster: members and their keys, pinned out of band: for secure sums, and for statements."""
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from lorand import strict_json
 from lorand.errors import ConfigError
@@ -21,22 +21,18 @@ HINT: Final = "; compare the roster with the other members, not with the coordin
 
 
 @dataclass(frozen=True)
-class Roster:
+class Members:
     """Names, sorted, and Ed25519 public keys, 32 bytes each; a member's number is its place.
 
     Members compare `digest()` by telephone or in a signed mail, once: whoever picks the roster
-    decides who is summed, and a coordinator that fills it with its own keys sums one worker.
+    decides whose signatures count.
     """
 
     members: tuple[tuple[str, bytes], ...]
 
     def __post_init__(self) -> None:
-        """Raise ConfigError unless names and keys are sound, distinct, sorted, not too many."""
+        """Raise ConfigError unless names and keys are sound, distinct and sorted."""
         names, keys = self.names, [key for _, key in self.members]
-        if not MIN_MEMBERS <= len(names) <= MAX_MEMBERS:
-            raise ConfigError(
-                f"a secure sum has {MIN_MEMBERS} to {MAX_MEMBERS} members, not {len(names)}{HINT}"
-            )
         if list(names) != sorted(set(names)):
             raise ConfigError(f"a roster lists each member once, sorted by name{HINT}")
         for name in names:
@@ -47,10 +43,10 @@ class Roster:
         if any(len(key) != PUBLIC_BYTES for key in keys) or len(set(keys)) != len(keys):
             raise ConfigError(f"every member of a roster has its own key of 32 bytes{HINT}")
 
-    @staticmethod
-    def of(keys: Mapping[str, bytes]) -> "Roster":
+    @classmethod
+    def of(cls, keys: Mapping[str, bytes]) -> Self:
         """Return the roster of these names and public keys. Raises ConfigError."""
-        return Roster(tuple(sorted(keys.items())))
+        return cls(tuple(sorted(keys.items())))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,22 +74,22 @@ class Roster:
         content = {"format": FORMAT, "members": rows}
         return json.dumps(content, separators=(",", ":"), ensure_ascii=True)
 
-    @staticmethod
-    def from_json(text: str) -> "Roster":
+    @classmethod
+    def from_json(cls, text: str) -> Self:
         """Return the roster of a text. Raises ConfigError when it is none."""
         try:
             content = strict_json.loads(text)
             if content["format"] != FORMAT:
                 raise ConfigError(f"a roster of format {content['format']!r}, not {FORMAT!r}{HINT}")
-            return Roster(tuple((str(n), bytes.fromhex(key)) for n, key in content["members"]))
+            return cls(tuple((str(n), bytes.fromhex(key)) for n, key in content["members"]))
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"the roster cannot be read: {error}{HINT}") from error
 
-    @staticmethod
-    def read(path: Path) -> "Roster":
+    @classmethod
+    def read(cls, path: Path) -> Self:
         """Return the roster of a file. Raises ConfigError when there is none."""
         try:
-            return Roster.from_json(path.read_text(encoding="utf-8"))
+            return cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"cannot read the roster {path}: {error}; write it with `lr-worker sum roster "
@@ -103,3 +99,20 @@ class Roster:
     def digest(self) -> bytes:
         """Return SHA-256 of the canonical text, 32 bytes."""
         return hashlib.sha256(self.to_json().encode()).digest()
+
+
+@dataclass(frozen=True)
+class Roster(Members):
+    """Who may take part in a secure sum.
+
+    A coordinator that fills it with its own keys sums one worker.
+    """
+
+    def __post_init__(self) -> None:
+        """See Members; raise ConfigError also for too few or too many."""
+        if not MIN_MEMBERS <= len(self.members) <= MAX_MEMBERS:
+            raise ConfigError(
+                f"a secure sum has {MIN_MEMBERS} to {MAX_MEMBERS} members, not "
+                f"{len(self.members)}{HINT}"
+            )
+        super().__post_init__()

@@ -747,3 +747,92 @@ class PostEvaluationResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PostEvaluationResponse: _TypeAlias = PostEvaluationResponse  # noqa: Y015
+
+@_typing.final
+class Statement(_message.Message):
+    """What a worker says it contributed to a part of the ledger, and the history that this is in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    worker: _builtins.int
+    """Its number."""
+    first: _builtins.int
+    """First sequence that it is about."""
+    last: _builtins.int
+    """Last sequence that it is about. Of every commit from first to last that lists the worker it
+    knows the contribution.
+    """
+    head: _builtins.bytes
+    """Digest of entry `last`, by the hash chain (32 bytes)."""
+    contributions: _builtins.bytes
+    """Digest over those contributions as the ledger stores them (32 bytes); see lorand.statements."""
+    key: _builtins.bytes
+    """The worker's public key, Ed25519 (32 bytes)."""
+    signature: _builtins.bytes
+    """Signature of the run's digest and of the fields above (64 bytes); see lorand.statements."""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.int = ...,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+        head: _builtins.bytes = ...,
+        contributions: _builtins.bytes = ...,
+        key: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributions", b"contributions", "first", b"first", "head", b"head", "key", b"key", "last", b"last", "signature", b"signature", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Statement: _TypeAlias = Statement  # noqa: Y015
+
+@_typing.final
+class PostStatementRequest(_message.Message):
+    """Hands a statement in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATEMENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def statement(self) -> Global___Statement:
+        """The statement; a caller hands in its own."""
+
+    def __init__(
+        self,
+        *,
+        statement: Global___Statement | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["statement", b"statement"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["statement", b"statement"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PostStatementRequest: _TypeAlias = PostStatementRequest  # noqa: Y015
+
+@_typing.final
+class PostStatementResponse(_message.Message):
+    """The statement is kept, durably."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PostStatementResponse: _TypeAlias = PostStatementResponse  # noqa: Y015

@@ -55,6 +55,11 @@ class LedgerServiceStub(object):
                 request_serializer=lorand_dot_v1_dot_ledger__pb2.PostEvaluationRequest.SerializeToString,
                 response_deserializer=lorand_dot_v1_dot_ledger__pb2.PostEvaluationResponse.FromString,
                 _registered_method=True)
+        self.PostStatement = channel.unary_unary(
+                '/lorand.v1.LedgerService/PostStatement',
+                request_serializer=lorand_dot_v1_dot_ledger__pb2.PostStatementRequest.SerializeToString,
+                response_deserializer=lorand_dot_v1_dot_ledger__pb2.PostStatementResponse.FromString,
+                _registered_method=True)
 
 
 class LedgerServiceServicer(object):
@@ -89,6 +94,13 @@ class LedgerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PostStatement(self, request, context):
+        """Keeps beside the ledger what a worker says it contributed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_LedgerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +123,11 @@ def add_LedgerServiceServicer_to_server(servicer, server):
                     servicer.PostEvaluation,
                     request_deserializer=lorand_dot_v1_dot_ledger__pb2.PostEvaluationRequest.FromString,
                     response_serializer=lorand_dot_v1_dot_ledger__pb2.PostEvaluationResponse.SerializeToString,
+            ),
+            'PostStatement': grpc.unary_unary_rpc_method_handler(
+                    servicer.PostStatement,
+                    request_deserializer=lorand_dot_v1_dot_ledger__pb2.PostStatementRequest.FromString,
+                    response_serializer=lorand_dot_v1_dot_ledger__pb2.PostStatementResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +239,33 @@ class LedgerService(object):
             '/lorand.v1.LedgerService/PostEvaluation',
             lorand_dot_v1_dot_ledger__pb2.PostEvaluationRequest.SerializeToString,
             lorand_dot_v1_dot_ledger__pb2.PostEvaluationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PostStatement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorand.v1.LedgerService/PostStatement',
+            lorand_dot_v1_dot_ledger__pb2.PostStatementRequest.SerializeToString,
+            lorand_dot_v1_dot_ledger__pb2.PostStatementResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,8 @@ class LedgerServiceStub:
     """Returns the coordinator's signature of the history, and a proof that it only grew."""
     PostEvaluation: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.PostEvaluationRequest, _ledger_pb2.PostEvaluationResponse]
     """Appends an evaluator's result to the ledger."""
+    PostStatement: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.PostStatementRequest, _ledger_pb2.PostStatementResponse]
+    """Keeps beside the ledger what a worker says it contributed."""
 
 @_typing.type_check_only
 class LedgerServiceAsyncStub(LedgerServiceStub):
@@ -57,6 +59,8 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     """Returns the coordinator's signature of the history, and a proof that it only grew."""
     PostEvaluation: _aio.UnaryUnaryMultiCallable[_ledger_pb2.PostEvaluationRequest, _ledger_pb2.PostEvaluationResponse]  # type: ignore[assignment]
     """Appends an evaluator's result to the ledger."""
+    PostStatement: _aio.UnaryUnaryMultiCallable[_ledger_pb2.PostStatementRequest, _ledger_pb2.PostStatementResponse]  # type: ignore[assignment]
+    """Keeps beside the ledger what a worker says it contributed."""
 
 class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Reads the history of the run."""
@@ -92,5 +96,13 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_ledger_pb2.PostEvaluationResponse, _abc.Awaitable[_ledger_pb2.PostEvaluationResponse]]:
         """Appends an evaluator's result to the ledger."""
+
+    @_abc_1.abstractmethod
+    def PostStatement(
+        self,
+        request: _ledger_pb2.PostStatementRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_ledger_pb2.PostStatementResponse, _abc.Awaitable[_ledger_pb2.PostStatementResponse]]:
+        """Keeps beside the ledger what a worker says it contributed."""
 
 def add_LedgerServiceServicer_to_server(servicer: LedgerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -35,6 +35,7 @@ PERMITTED: Final[dict[str, frozenset[Role]]] = {
     "/lorand.v1.LedgerService/GetCheckpoint": ALL,
     "/lorand.v1.LedgerService/GetHead": ALL,
     "/lorand.v1.LedgerService/PostEvaluation": frozenset({Role.EVALUATOR}),
+    "/lorand.v1.LedgerService/PostStatement": frozenset({Role.WORKER}),
     "/lorand.v1.StatusService/GetStatus": ALL,
     "/lorand.v1.EnrolmentService/Renew": ALL,
     "/grpc.health.v1.Health/Check": ALL,

@@ -68,7 +68,9 @@ def certified(
 @contextmanager
 def opened(folder: Path, config: RunConfig | None = None) -> Iterator[Office]:
     """Serve a run of IDENTITY in a thread, as `lr-coordinator serve` does."""
-    config = config or config_of(service={"address": "127.0.0.1:0", "drain_s": 0.1})
+    config = config or config_of(
+        service={"address": "127.0.0.1:0", "drain_s": 0.1, "statements_every": 3}
+    )
     admission = Admission.create_or_open(folder, config.run.name)
     admission.certify(config.service.address, [])
     store = SqliteStore(":memory:")

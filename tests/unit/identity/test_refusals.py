@@ -12,11 +12,12 @@ import grpc
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health_pb2
-from tests.runs import IDENTITY, hello
-from tests.unit.identity.office import LIMIT_S, RUN, Office, certified, get_run
+from tests.runs import IDENTITY, config_of, hello
+from tests.unit.identity.office import LIMIT_S, RUN, Office, certified, get_run, opened
 
-from lorand import credentials, ledger, transport
+from lorand import credentials, ledger, statements, transport
 from lorand.credentials import Credentials, Role, Subject, key_pem, pem
+from lorand.privacy.primitives import IdentityKey
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import coordination_pb2_grpc as coordination
 from lorand.v1 import enrolment_pb2 as enrol
@@ -182,7 +183,15 @@ def outcome(channel: grpc.Channel, path: str, method: MethodDescriptor) -> Code:
 
 
 ANSWERED: Final = {
-    Role.WORKER: {"GetRun", "Participate", "ReadEntries", "GetCheckpoint", "GetHead", "GetStatus"},
+    Role.WORKER: {
+        "GetRun",
+        "Participate",
+        "ReadEntries",
+        "GetCheckpoint",
+        "GetHead",
+        "PostStatement",
+        "GetStatus",
+    },
     Role.EVALUATOR: {
         "GetRun",
         "ReadEntries",
@@ -203,7 +212,7 @@ def test_each_role_may_call_its_own_methods_and_no_other(
     """What an empty request is answered otherwise is not the role's affair."""
     with credentials.channel(office.address, office.member(tmp_path, role, role)) as channel:
         found = outcomes(channel)
-    assert len(found) == 12
+    assert len(found) == 13
     refused = {name for name, code in found.items() if code == Code.PERMISSION_DENIED}
     assert found.keys() - refused == ANSWERED[role] | {"Check", "Renew"}
 
@@ -258,6 +267,54 @@ def test_an_evaluation_has_the_name_of_its_certificate(office: Office, tmp_path:
         post("held-out")
     posted = office.hub.sequencer.tally.evaluations
     assert {evaluation.evaluator for evaluation in posted} == {"held-out"}
+
+
+def test_a_statement_is_handed_in_by_its_worker(office: Office, tmp_path: Path) -> None:
+    """Another member's number is no more its than another member's name."""
+    hub = office.hub
+    position = hub.sequencer.position
+    assert position is not None
+    for name in ("stater", "other"):
+        hub.sequencer.admit(hello(ledger.origin(hub.config, IDENTITY), name))
+    numbers = hub.sequencer.tally.numbers
+    store = hub.sequencer.store
+    said = pb.Statement(first=0, last=0, head=store.digest(0), contributions=bytes(32))
+
+    def post(channel: grpc.Channel, worker: int, key: IdentityKey) -> None:
+        said.worker = worker
+        signed = statements.sign(key, position.run_digest, said)
+        stub = ledger_service.LedgerServiceStub(channel)
+        stub.PostStatement(pb.PostStatementRequest(statement=signed), timeout=LIMIT_S)
+
+    key = IdentityKey()
+    with credentials.channel(office.address, office.member(tmp_path, "stater")) as channel:
+        assert "statements" in get_run(channel).features
+        for worker in (numbers["other"], 0, 2**32 - 1):
+            assert code_of(partial(post, channel, worker, key)) == Code.FAILED_PRECONDITION
+        assert list(store.statements()) == []
+        post(channel, numbers["stater"], key)
+        post(channel, numbers["stater"], key)
+        another = partial(post, channel, numbers["stater"], IdentityKey())
+        assert code_of(another) == Code.FAILED_PRECONDITION, "of the same entries"
+    assert [stated.worker for stated in store.statements()] == [numbers["stater"]]
+
+
+def test_a_run_may_take_no_statements(tmp_path: Path) -> None:
+    """Then nothing that a worker sends is kept but what rounds ask for."""
+    config = config_of(service={"address": "127.0.0.1:0", "drain_s": 0.1})
+    with opened(tmp_path / "identity", config) as quiet:
+        store, position = quiet.hub.sequencer.store, quiet.hub.sequencer.position
+        assert position is not None
+        number, _ = quiet.hub.sequencer.admit(hello(ledger.origin(config, IDENTITY), "stater"))
+        said = pb.Statement(worker=number, head=store.digest(0), contributions=bytes(32))
+        signed = statements.sign(IdentityKey(), position.run_digest, said)
+        with credentials.channel(quiet.address, quiet.member(tmp_path, "stater")) as channel:
+            assert "statements" not in get_run(channel).features
+            request = pb.PostStatementRequest(statement=signed)
+            post = ledger_service.LedgerServiceStub(channel).PostStatement
+            found = code_of(lambda: post(request, timeout=LIMIT_S))
+        assert found == Code.FAILED_PRECONDITION
+        assert list(store.statements()) == []
 
 
 # -- bounds ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Who is in a secure sum, and whose keys are its members'."""
 
 import hashlib
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,9 @@ from tests.unit.secure_sum.cohort import COHORTS, OTHER_RUN, RUN, STATE, Cohort,
 from lorand.errors import ConfigError, HandshakeError
 from lorand.privacy import primitives
 from lorand.privacy.attempts import ANNOUNCEMENT_BYTES
+from lorand.privacy.roster import Members
 from lorand.privacy.secure_sum import IdentityKey, Keys, Roster, SumMember
+from lorand_worker import membership
 
 # ------------------------------------------------------------- keys that are refused
 
@@ -153,6 +156,18 @@ def test_rosters_that_cannot_be(three: Cohort) -> None:
         SumMember(outsider_for(three), three.roster, RUN, bound=1)
     with pytest.raises(ConfigError, match="nobody not in the roster"):
         three.roster.numbers(["nobody"])
+
+
+def test_a_roster_for_statements_is_of_any_number(tmp_path: Path) -> None:
+    """The file is one; that a sum takes 3 to 32 of them is checked where it is read for a sum."""
+    for count in (1, 2, 33):
+        lines = [f"{name_of(n)}={secret(n, 'identity').hex()}" for n in range(count)]
+        path = tmp_path / f"{count}.json"
+        written = membership.write_roster(path, lines)
+        assert Members.read(path) == written
+        assert len(written.members) == count
+        with pytest.raises(ConfigError, match=f"3 to 32 members, not {count}"):
+            Roster.read(path)
 
 
 def test_an_identity_key_is_restored_from_its_bytes() -> None:
