@@ -10,7 +10,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from lorand import ledger, transport, wire_size
 from lorand.config import PROTOCOL_VERSION, RunConfig
-from lorand.errors import Behind, ConfigError, HandshakeError, LorandError
+from lorand.errors import Behind, ConfigError, HandshakeError, LedgerError, LorandError
 from lorand.v1 import coordination_pb2 as wire
 from lorand.v1 import coordination_pb2_grpc as coordination
 from lorand.v1 import enrolment_pb2_grpc as enrolment_service
@@ -243,7 +243,7 @@ class Ledger(ledger_service.LedgerServiceServicer):
                 raise HandshakeError("this run takes no statements (service.statements_every)")
             access.named(account.name)
             stating.take(statement, sequencer.store, sequencer.position)
-        except StoreUnavailable as error:
+        except LedgerError as error:  # the store is away, or could not be read just now
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         except HandshakeError as error:
             log.warning("a statement was refused: %s", error)

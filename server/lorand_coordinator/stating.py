@@ -24,7 +24,8 @@ def take(statement: pb.Statement, store: Store, position: Position) -> None:
     """Keep a statement, durably, of a caller who may make it; the same one again changes nothing.
 
     Whether it is right about the contributions is told by `Audit`, to those who have the roster.
-    Raises HandshakeError where it cannot be one of this ledger, StoreUnavailable.
+    Raises HandshakeError where it cannot be one of this ledger, LedgerError where the store is
+    away or cannot be read.
     """
     statement.DiscardUnknownFields()
     statements.check(position.run_digest, statement)

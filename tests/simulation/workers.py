@@ -1,6 +1,7 @@
 """Workers: real sessions on a bench of a few numbers, and a link without a network."""
 
 from collections.abc import AsyncIterator, Awaitable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import grpc
@@ -175,7 +176,12 @@ class Worker:
         self.done = position.finished and not owes
         if owes:  # its owner gives the same command again, as it asks for
             self._life += 1
-            self._world.after(0.5, self.start)
+            self._world.after(0.5, partial(self._start_again, self._life))
+
+    def _start_again(self, life: int) -> None:
+        """Start, unless that has happened meanwhile."""
+        if life == self._life:
+            self.start()
 
 
 def key_of(name: str) -> IdentityKey:
