@@ -25,8 +25,10 @@ LOST: Final = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.INTERNAL,
 )
-"""What is no answer to the caller. The last one: the leader does not know this coordinator."""
+"""What is no answer to the caller. The last two: the leader does not know this coordinator; its
+answer came before the request was written, and gRPC has forgotten it."""
 Connect = Callable[[str], grpc.aio.Channel]
 """Opens a channel to a leader's HOST:PORT. May raise LorandError."""
 _OPTIONS: Final = (
