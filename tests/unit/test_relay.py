@@ -343,9 +343,12 @@ def test_a_call_is_passed_on_once(served: Coordinators) -> None:
     """Two that believe each other to lead, as one that believes itself to stand by."""
     served.follow(served.front, "somebody leads")
     with channel(served.front) as through:
+        passed: Any = through.unary_unary(ECHO)
+        named = [(callers.CALLER, b"ipv4:127.0.0.1:5")]
+        twice = failure(lambda: passed(b"x", timeout=LIMIT_S, metadata=named))
         error = failure(lambda: echo(through))
-    # Which of the two says why follows from whether the request was written before the answer came.
-    assert error.code() == grpc.StatusCode.UNAVAILABLE
+    assert twice.code() == error.code() == grpc.StatusCode.UNAVAILABLE
+    assert "this coordinator stands by: somebody leads" in twice.details()
     assert "this coordinator stands by" in error.details()
 
 
