@@ -244,6 +244,7 @@ class ServiceSection(Section):
     address: str = "127.0.0.1:7700"
     enrol_address: str = ""
     ledger: str = ""
+    members: str = ""
     checkpoint_every: Count = 50
     heartbeat_s: Positive = 10.0
     heartbeat_timeout_s: Positive = 45.0
