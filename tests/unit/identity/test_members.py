@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from tests.runs import config_of
 from tests.unit.identity.office import RUN, certified
 
 from lorand.credentials import Role, Subject
 from lorand.errors import ConfigError
+from lorand_coordinator import identity_cli
 from lorand_coordinator.identity import authority as authorities
 from lorand_coordinator.identity.admission import LOCAL, Admission
 from lorand_coordinator.identity.authority import read_pair
@@ -156,3 +158,9 @@ def test_a_folder_is_one_runs_and_not_begun_anew(tmp_path: Path) -> None:
     (folder / "authority.pem").write_bytes(b"damaged")
     with pytest.raises(ConfigError, match="restore it from a copy"):
         Admission.open(folder, RUN)
+
+
+def test_a_database_of_members_has_a_databases_address() -> None:
+    config = config_of(service={"members": "members.db"})
+    with pytest.raises(ConfigError, match=r"service\.members = 'members\.db' is no database"):
+        identity_cli.opened(config, Path("run.toml"), None)
