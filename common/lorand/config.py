@@ -244,6 +244,7 @@ class ServiceSection(Section):
     address: str = "127.0.0.1:7700"
     enrol_address: str = ""
     ledger: str = ""
+    members: str = ""
     checkpoint_every: Count = 50
     heartbeat_s: Positive = 10.0
     heartbeat_timeout_s: Positive = 45.0
@@ -364,12 +365,15 @@ class RunConfig(Section):
         return hashlib.sha256(self.canonical().encode()).digest()
 
     def to_json(self) -> str:
-        """Return the whole config as JSON: what a worker receives at join.
+        """Return the config as JSON: what a worker receives at join.
 
-        A setting of [service] that older workers do not know is left out where it is off.
+        Without databases, whose addresses may hold a password, and without a setting of [service]
+        that older workers do not know, where it is off.
         """
-        unknown = None if self.service.statements_every else {"service": {"statements_every"}}
-        return self.model_dump_json(exclude=unknown)
+        kept_back = {"ledger", "members"}
+        if not self.service.statements_every:
+            kept_back.add("statements_every")
+        return self.model_dump_json(exclude={"service": kept_back})
 
     @staticmethod
     def from_json(text: str) -> "RunConfig":

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -12,6 +12,7 @@ from lorand import transport
 from lorand.config import RunConfig, load
 from lorand.credentials import Role
 from lorand.errors import ConfigError
+from lorand_coordinator import ledgers
 from lorand_coordinator.identity.admission import EVERYWHERE, Admission
 from lorand_coordinator.identity.members import Listed
 
@@ -79,9 +80,26 @@ def check_addresses(config: RunConfig, insecure: bool, advertised: str = "") -> 
 
 def admission(config: RunConfig, run: Path, given: Path | None, host_names: list[str]) -> Admission:
     """Return who is let into a run that is to be served. Raises ConfigError."""
-    opened = Admission.create_or_open(folder(config, run, given), config.run.name)
-    opened.certify(config.service.address, host_names)
-    return opened
+    place, name = folder(config, run, given), config.run.name
+    made = Admission.create_or_open(place, name, _members(config))
+    made.certify(config.service.address, host_names)
+    return made
+
+
+def opened(config: RunConfig, run: Path, given: Path | None) -> Admission:
+    """Return who is let into a run that was served. Raises ConfigError, StoreUnavailable."""
+    return Admission.open(folder(config, run, given), config.run.name, _members(config))
+
+
+def _members(config: RunConfig) -> str:
+    """Return the URL of the database with a run's members; empty: they are in its folder."""
+    url = config.service.members
+    if url and not ledgers.in_database(url):
+        raise ConfigError(
+            f"service.members = {url!r} is no database: give postgresql://…, or leave it empty for "
+            "members.db in the identity folder"
+        )
+    return url
 
 
 def enrolment_address(config: RunConfig) -> str:
@@ -95,11 +113,8 @@ def enrolment_address(config: RunConfig) -> str:
 @contextmanager
 def _opened(run: Path, given: Path | None) -> Iterator[Admission]:
     config = load(run)
-    found = Admission.open(folder(config, run, given), config.run.name)
-    try:
+    with closing(opened(config, run, given)) as found:
         yield found
-    finally:
-        found.close()
 
 
 def invite(

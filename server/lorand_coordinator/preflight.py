@@ -20,7 +20,6 @@ from lorand.findings import Check, Finding, failed, ok, warning
 from lorand.privacy import plan
 from lorand.privacy.roster import Roster
 from lorand_coordinator import identity_cli, ledgers, run_lock
-from lorand_coordinator.identity.admission import Admission
 from lorand_coordinator.identity_cli import HostNames, IdentityFolder, Insecure
 from lorand_coordinator.ledgers import Location
 from lorand_coordinator.store import SqliteStore, in_use
@@ -227,7 +226,7 @@ def admission(planned: Planned) -> Finding | None:
             f"{folder} will be made when the run is served; then invite {planned.expected} "
             "workers or more (`lr-coordinator invite NAME`)"
         )
-    found = Admission.open(folder, planned.config.run.name)
+    found = identity_cli.opened(planned.config, planned.run, planned.identity_dir)
     try:
         workers = [each for each in found.members.listed() if each.role == Role.WORKER]
     finally:

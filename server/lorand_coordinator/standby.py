@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Protocol
 
@@ -176,6 +176,10 @@ async def _lead(sequencer: Sequencer, coordinator: Coordinator, until: asyncio.E
     text = f"epoch {store.epoch}, {done}, {len(store)} entries, signed by {key}"
     watch = asyncio.create_task(_watch(store, until, over))
     hub = Hub(sequencer, several=True)
+    admission = coordinator.admission
+    if admission is not None:  # members enrol here now, not where another led
+        host, _ = transport.split(reached_at(coordinator, config.service.address))
+        admission = replace(admission, host=host)
     if coordinator.monitor is not None:
         coordinator.monitor.lead(hub)
     try:
@@ -183,9 +187,11 @@ async def _lead(sequencer: Sequencer, coordinator: Coordinator, until: asyncio.E
             hub,
             on_ready=lambda at, _: coordinator.tell("leading", at, text),
             until=over,
-            admission=coordinator.admission,
+            admission=admission,
             enrol_at=enrolment_address(config),
         )
+    except StoreUnavailable as error:  # of the members, before anybody was let in
+        log.warning("%s", error)
     finally:
         over.set()
         if coordinator.monitor is not None:

@@ -2,6 +2,7 @@
 
 import random
 import select
+import shutil
 import signal
 import sys
 import time
@@ -12,7 +13,17 @@ from typing import Any, Final
 
 import pytest
 from tests import tiny
-from tests.commands import Command, MakeRoom, Nursery, Room, free_port, start, status, wait_for
+from tests.commands import (
+    Command,
+    MakeRoom,
+    Nursery,
+    Room,
+    committed,
+    free_port,
+    start,
+    status,
+    wait_for,
+)
 from tests.journal import Compared, Journal, compare, rows_of
 from tests.postgres import Server
 from tests.unit.identity.office import certified
@@ -288,6 +299,69 @@ def test_members_take_part_through_any_coordinator_until_they_are_revoked(
     finally:
         several.close()
         postgres.execute("DROP SCHEMA IF EXISTS lorand CASCADE")
+
+
+def test_members_in_the_database_are_invited_and_revoked_on_any_machine(
+    make_room: MakeRoom, postgres: Server
+) -> None:
+    """Two machines: the second has the first one's authority.pem and signing key, and no more."""
+    service = {"members": postgres.url, "enrol_address": "127.0.0.1:0"}
+    rounds = {"quorum": 1, "start_with": 1}
+    room = make_room(tiny.settings("spsa", run={"rounds": 9**5}, service=service, rounds=rounds))
+    room.lock().insecure = False
+    one, two = (room.folder / name for name in ("one", "two"))
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+
+    def serve(address: str, folder: Path) -> Command:
+        at = ("--ledger", postgres.url, "--address", address, "--identity-dir", folder)
+        return room.start("lr-coordinator", "serve", room.run, *at, "--json")
+
+    def enrol(name: str, machine: Path) -> tuple[str, Path]:
+        made = room.once("lr-coordinator", "invite", name, "--identity-dir", machine)
+        path = room.folder / f"{name}.pem"
+        room.once("lr-worker", "enrol", made["invitation"], "--credentials", path)
+        return "--credentials", path
+
+    try:
+        with serve(addresses[0], one) as leader:
+            wait_for(lambda: (one / "operator.pem").exists(), "it has begun")
+            operator = Credentials.read(one / "operator.pem")
+            wait_for(lambda: leads(addresses[0], operator), "it leads")
+            two.mkdir()
+            shutil.copy(one / "authority.pem", two)
+            with serve(addresses[1], two):
+                through = (
+                    "lr-coordinator",
+                    "health",
+                    addresses[1],
+                    "--through",
+                    *("--credentials",),
+                )
+                wait_for(lambda: (two / "operator.pem").exists(), "it has begun")
+                operator = Credentials.read(two / "operator.pem")
+                wait_for(lambda: status(addresses[1], operator) is not None, "it stands by")
+                shown = enrol("hotels", two)
+                with room.join(addresses[1], "hotels", *shown) as hotels:
+                    wait_for(lambda: committed(addresses[0], operator) >= 3, "it takes part")
+                    assert room.once(*through, two / "operator.pem") == {"serving": True}
+                    began = time.monotonic()
+                    room.once("lr-coordinator", "revoke", "hotels", "--identity-dir", two)
+                    assert hotels.end()[0] == 5
+                    assert time.monotonic() - began < 10.0, "the command's own start-up included"
+                    assert "the membership of 'hotels' was revoked" in hotels.errors()
+                leader.kill()
+                wait_for(lambda: leads(addresses[1], operator), "the other leads")
+                before = committed(addresses[1], operator)
+                with room.join(addresses[1], "gadgets", *enrol("gadgets", one)):
+                    wait_for(lambda: committed(addresses[1], operator) > before, "it goes on")
+    finally:
+        postgres.execute("DROP SCHEMA IF EXISTS lorand CASCADE")
+
+
+def leads(address: str, shown: Credentials) -> bool:
+    """Whether a coordinator leads, as an operator sees it."""
+    answer = status(address, shown)
+    return answer is not None and answer.phase != "standing by"
 
 
 def test_a_run_outlives_its_leaders_and_its_database(

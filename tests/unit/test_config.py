@@ -116,9 +116,19 @@ def test_a_config_is_frozen() -> None:
 
 def test_a_worker_receives_the_whole_config() -> None:
     """Join: the config travels as JSON and means the same run, service settings included."""
-    config = config_of(service='ledger = "a.ledger"', optimizer="learning_rate = 0.1")
+    config = config_of(service="heartbeat_s = 3.0", optimizer="learning_rate = 0.1")
     again = RunConfig.from_json(config.to_json())
     assert again == config
+    assert again.digest() == config.digest()
+
+
+def test_databases_are_the_coordinators_alone() -> None:
+    """Their addresses may hold a password."""
+    url = "postgresql://lorand:secret@db/lorand"
+    config = config_of(service=f'ledger = "{url}"\nmembers = "{url}"')
+    assert "secret" not in config.to_json()
+    again = RunConfig.from_json(config.to_json())
+    assert again == config_of()
     assert again.digest() == config.digest()
 
 

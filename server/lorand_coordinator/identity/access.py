@@ -25,7 +25,7 @@ from lorand_coordinator.store import StoreUnavailable
 
 REVOKED_WITHIN_S: Final = 1.0
 EXPIRED_WITHIN_S: Final = 30.0
-"""How often open streams are compared with the members' file, which others may have changed."""
+"""How often open streams are compared with the members, which others may have changed."""
 
 ALL: Final = frozenset(Role)
 PERMITTED: Final[dict[str, frozenset[Role]]] = {
@@ -146,7 +146,7 @@ class Access(grpc.aio.ServerInterceptor):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
         except StoreUnavailable as error:
             log.error("no call can be admitted: %s", error)
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the members' file cannot be read")
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the members cannot be read just now")
         peer = found.peer
         role = peer.subject.role
         if role not in PERMITTED.get(method, frozenset()):

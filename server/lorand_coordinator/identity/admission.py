@@ -4,27 +4,42 @@ authority.pem   key and certificate of the authority: whoever reads it can make 
 server.pem      key and certificate that the coordinator shows
 operator.pem    credentials of the operator on this machine, for status and health
 coordinator.pem key and certificate with which a coordinator that stands by calls the leader
-members.db      members and open invitations
+members.db      members and open invitations, unless they are in a database (service.members)
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Final, Self
+from socket import gethostname
+from typing import TYPE_CHECKING, Final, Self
 
 import grpc
 from cryptography import x509
 
 from lorand import transport
-from lorand.credentials import Credentials, Role, Subject, fingerprint, key_pem, new_key, pem
+from lorand.credentials import (
+    MAX_NAME,
+    Credentials,
+    Role,
+    Subject,
+    fingerprint,
+    key_pem,
+    new_key,
+    pem,
+)
 from lorand.errors import ConfigError
 from lorand.invitation import Invitation
+from lorand_coordinator import ledgers
 from lorand_coordinator.identity import enrolment
 from lorand_coordinator.identity.access import Access
 from lorand_coordinator.identity.authority import Authority, now, read_pair, write_pair
 from lorand_coordinator.identity.members import Members, NoCoordinator, Peer, serial_of
+from lorand_coordinator.identity.rows import FileRows
+
+if TYPE_CHECKING:
+    from lorand_coordinator.identity.shared import DatabaseRows
 
 OPERATOR: Final = "operator"
 LOCAL: Final = ("localhost", "127.0.0.1", "::1")
@@ -40,10 +55,17 @@ class Admission:
     folder: Path
     authority: Authority
     members: Members
+    operator: str = OPERATOR
+    """The name of the operator on this machine."""
+    host: str = ""
+    """By which name members reach this coordinator; empty: the first in its certificate."""
 
     @classmethod
-    def create_or_open(cls, folder: Path, run: str) -> Self:
-        """Return a run's, made now if there is none. Raises ConfigError."""
+    def create_or_open(cls, folder: Path, run: str, members_at: str = "") -> Self:
+        """Return a run's, made now if there is none. Raises ConfigError, StoreUnavailable.
+
+        `members_at` is the URL of a database with the members; by default they are in the folder.
+        """
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -56,12 +78,14 @@ class Admission:
                     f"{folder / 'authority.pem'} is missing, but its members are there: restore it "
                     "from a copy, or choose another --identity-dir to begin with no members"
                 )
+            if members_at:
+                _begun_nowhere(folder, run, members_at)
             Authority.create(folder / "authority.pem", run)
-        return cls.open(folder, run)
+        return cls.open(folder, run, members_at)
 
     @classmethod
-    def open(cls, folder: Path, run: str) -> Self:
-        """Return a run's. Raises ConfigError when there is none."""
+    def open(cls, folder: Path, run: str, members_at: str = "") -> Self:
+        """Return a run's. Raises ConfigError when there is none, StoreUnavailable."""
         path = folder / "authority.pem"
         if not path.exists():
             raise ConfigError(
@@ -69,10 +93,20 @@ class Admission:
                 "serves with --identity-dir, give the same here"
             )
         authority = Authority.read(path, run)
-        return cls(folder, authority, Members(folder / "members.db"))
+        if not members_at:
+            return cls(folder, authority, Members(FileRows(folder / "members.db")))
+        with ExitStack() as undo:
+            rows = _database(members_at, run)
+            undo.callback(rows.close)
+            rows.claim(fingerprint(authority.certificate), folder / "members.db")
+            # Each machine has an operator.pem: under one name the newest would end all others.
+            operator = f"{OPERATOR}-{gethostname()}"[:MAX_NAME]
+            opened = cls(folder, authority, rows.members(), operator)
+            undo.pop_all()
+        return opened
 
     def close(self) -> None:
-        """Close the members' file."""
+        """Close the members' file or database."""
         self.members.close()
 
     def certify(self, address: str, names: Sequence[str]) -> None:
@@ -119,7 +153,7 @@ class Admission:
     def _certify_operator(self, path: Path) -> None:
         """Whoever can read this folder can make any member, so this gives nothing away."""
         key = new_key()
-        subject = Subject(self.authority.run, Role.OPERATOR, OPERATOR)
+        subject = Subject(self.authority.run, Role.OPERATOR, self.operator)
         certificate = self.authority.issue(subject, key.public_key())
         self.members.admit(Peer.of(certificate))
         try:
@@ -140,7 +174,8 @@ class Admission:
 
     def note_served(self, port: int, enrolment_port: int) -> str:
         """Remember the ports served; return the HOST:PORT at which new members enrol."""
-        host = _names(self.folder / "server.pem")[0]
+        names = _names(self.folder / "server.pem")
+        host = self.host if self.host in names else names[0]
         enrolment_address = transport.join(host, enrolment_port)
         self.members.note_served(transport.join(host, port), enrolment_address)
         return enrolment_address
@@ -186,6 +221,23 @@ class Admission:
         certificate = self.authority.issue_coordinator(key.public_key())
         self.members.admit_coordinator(certificate)
         write_pair(path, key, certificate)
+
+
+def _database(url: str, run: str) -> "DatabaseRows":
+    ledgers.check_installed()
+    from lorand_coordinator.identity.shared import DatabaseRows
+
+    return DatabaseRows(url, run)
+
+
+def _begun_nowhere(folder: Path, run: str, members_at: str) -> None:
+    """Raise ConfigError when the run's members in a database have an authority already."""
+    with closing(_database(members_at, run)) as rows:
+        if rows.authority():
+            raise ConfigError(
+                f"the members of run {run!r} at {rows.name} have an authority already: copy "
+                f"authority.pem into {folder} from where the run was first served"
+            )
 
 
 def _with_local(names: Sequence[str]) -> list[str]:

@@ -1,128 +1,42 @@
-"""The members' file and the identity folder: what lasts, what is kept, who may read it."""
+"""The members' file and the identity folder: what is kept, who may read it."""
 
 import sqlite3
 import stat
+from contextlib import closing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from tests.runs import config_of
 from tests.unit.identity.office import RUN, certified
 
-from lorand.credentials import Role, Subject, new_key
-from lorand.errors import ConfigError, HandshakeError
+from lorand.credentials import Role, Subject
+from lorand.errors import ConfigError
+from lorand_coordinator import identity_cli
 from lorand_coordinator.identity import authority as authorities
 from lorand_coordinator.identity.admission import LOCAL, Admission
-from lorand_coordinator.identity.authority import Authority, read_pair
+from lorand_coordinator.identity.authority import read_pair
 from lorand_coordinator.identity.members import Members, Peer
-from lorand_coordinator.identity_cli import line
+from lorand_coordinator.identity.rows import FileRows
 from lorand_coordinator.store import StoreUnavailable
 
-HOUR = 3600.0
-
-
-class Clock:
-    """A clock that is set."""
-
-    now = 1_000_000.0
-
-    def __call__(self) -> float:
-        """Return what it shows."""
-        return self.now
-
-
-def peer(name: str, serial: str = "a", expires: float = 2_000_000.0) -> Peer:
-    """Somebody who holds a certificate."""
-    return Peer(Subject(RUN, Role.WORKER, name), serial, expires)
-
-
-def states(members: Members) -> dict[str, str]:
-    """What `lr-coordinator members` says of each."""
-    return {each.name: each.state for each in members.listed()}
-
-
-def test_memberships_last_and_are_seen_by_other_processes(tmp_path: Path) -> None:
-    path = tmp_path / "members.db"
-    one, other = Members(path, Clock()), Members(path, Clock())
-    one.admit(peer("hotels"))
-    assert other.changed()
-    assert not other.changed()
-    other.check(peer("hotels"))
-    other.revoke("hotels")
-    assert one.changed()
-    with pytest.raises(HandshakeError, match="'hotels' was revoked"):
-        one.check(peer("hotels"))
-    one.close()
-    other.close()
-    again = Members(path, Clock())
-    assert states(again) == {"hotels": "revoked"}
-    again.close()
-
-
-def test_a_member_is_its_name_its_role_and_its_two_newest_certificates(tmp_path: Path) -> None:
-    members = Members(tmp_path / "members.db", Clock())
-    members.admit(peer("hotels", "1"))
-    key = new_key()
-    authority = Authority.create(tmp_path / "authority.pem", RUN)
-    made = [
-        authority.issue(Subject(RUN, Role.WORKER, "hotels"), key.public_key()) for _ in range(2)
-    ]
-    members.renew(peer("hotels", "1"), made[0])
-    members.check(peer("hotels", "1"))
-    members.renew(Peer.of(made[0]), made[1])
-    members.check(Peer.of(made[0]))
-    members.check(Peer.of(made[1]))
-    for stranger in (
-        peer("hotels", "1"),
-        peer("gadgets", "1"),
-        Peer(Subject(RUN, Role.OPERATOR, "hotels"), Peer.of(made[1]).serial, 2e6),
-    ):
-        with pytest.raises(HandshakeError, match="no longer, a member's"):
-            members.check(stranger)
-    with pytest.raises(HandshakeError, match="no longer"):
-        members.renew(peer("hotels", "1"), made[0])
-    members.close()
-
-
-def test_who_can_be_invited(tmp_path: Path) -> None:
-    clock = Clock()
-    members = Members(tmp_path / "members.db", clock)
-    members.admit(peer("hotels"))
-    with pytest.raises(ConfigError, match="is a member already"):
-        members.invite("hotels", Role.WORKER, 1.0)
-    members.revoke("hotels")
-    members.invite("hotels", Role.WORKER, 1.0)
-    members.admit(peer("hotels", "b"))
-    clock.now = 2_000_000.0
-    with pytest.raises(HandshakeError, match="has expired"):
-        members.check(peer("hotels", "b"))
-    assert [each.state for each in members.listed()] == ["expired", "invitation expired"]
-    members.invite("hotels", Role.WORKER, 1.0)
-    for name in ("", "n" * 65, "two\nlines", "bell\a"):
-        with pytest.raises(ConfigError, match="1 to 64 printable"):
-            members.invite(name, Role.WORKER, 1.0)
-    with pytest.raises(ConfigError, match="there is no member 'nobody'"):
-        members.revoke("nobody")
-    members.close()
-
-
-def test_what_is_shown_of_members(tmp_path: Path) -> None:
-    clock = Clock()
-    members = Members(tmp_path / "members.db", clock)
-    members.admit(peer("early", expires=clock.now + 10 * 24 * HOUR))
-    members.admit(peer("long", expires=clock.now + 80 * 24 * HOUR))
-    members.invite("new", Role.EVALUATOR, 2.5)
-    members.admit(peer("out"))
-    members.revoke("out")
-    assert [line(each, clock.now) for each in members.listed()] == [
-        "early  worker  member, for 10 days; WARNING: renew with `lr-worker enrol --renew`",
-        "long  worker  member, for 80 days",
-        "new  evaluator  invited, for 2.5 h",
-        "out  worker  revoked",
-    ]
-    clock.now += 3 * HOUR
-    assert states(members)["new"] == "invitation expired"
-    members.close()
+BEFORE = """
+CREATE TABLE member (
+    name TEXT PRIMARY KEY, role TEXT NOT NULL, serial TEXT NOT NULL, serial_before TEXT NOT NULL,
+    expires REAL NOT NULL, revoked INTEGER NOT NULL);
+CREATE TABLE invitation (
+    name TEXT PRIMARY KEY, role TEXT NOT NULL, token_hash BLOB NOT NULL, expires REAL NOT NULL);
+CREATE TABLE served (
+    only INTEGER PRIMARY KEY CHECK (only = 1), address TEXT NOT NULL, enrolment TEXT NOT NULL);
+CREATE TABLE coordinator (serial TEXT PRIMARY KEY, expires REAL NOT NULL);
+INSERT INTO member VALUES ('hotels', 'worker', 'a', '', 2e12, 0);
+INSERT INTO invitation VALUES ('gadgets', 'worker', x'00', 2e12);
+INSERT INTO served VALUES (1, 'old:7700', 'old:7701');
+INSERT INTO coordinator VALUES ('c', 2e12);
+"""
+PEER = Peer(Subject(RUN, Role.WORKER, "hotels"), "a", 2_000_000_000_000.0)
 
 
 def test_no_token_and_no_members_key_is_kept(tmp_path: Path) -> None:
@@ -140,37 +54,40 @@ def test_no_token_and_no_members_key_is_kept(tmp_path: Path) -> None:
     admission.close()
 
 
-def test_a_failed_redemption_spends_nothing(tmp_path: Path) -> None:
-    members = Members(tmp_path / "members.db")
-    token = members.invite("hotels", Role.WORKER, 1.0)
-
-    def fails(role: Role) -> x509.Certificate:
-        raise HandshakeError("no certificate")
-
-    with pytest.raises(HandshakeError, match="no certificate"):
-        members.redeem("hotels", token, fails)
-    authority = Authority.create(tmp_path / "authority.pem", RUN)
-    key = new_key().public_key()
-    made = members.redeem(
-        "hotels", token, lambda role: authority.issue(Subject(RUN, role, "hotels"), key)
-    )
-    members.check(Peer.of(made))
-    members.close()
-
-
 def test_a_file_that_cannot_be_used_is_trouble_and_no_refusal(tmp_path: Path) -> None:
     path = tmp_path / "members.db"
     path.write_bytes(b"not a database" * 100)
     with pytest.raises(StoreUnavailable, match=r"members\.db"):
-        Members(path)
+        Members(FileRows(path))
     path.unlink()
-    members = Members(path)
+    members = Members(FileRows(path))
     with sqlite3.connect(path) as other:
         other.execute("DROP TABLE member")
     other.close()
     with pytest.raises(StoreUnavailable, match="no such table"):
-        members.check(peer("hotels"))
+        members.check(PEER)
     members.close()
+
+
+def test_members_of_a_file_from_before_there_were_databases_stay(tmp_path: Path) -> None:
+    path = tmp_path / "members.db"
+    with closing(sqlite3.connect(path)) as before, before:
+        before.executescript(BEFORE)
+    members = Members(FileRows(path))
+    members.check(PEER)
+    assert [(each.name, each.state) for each in members.listed()] == [
+        ("gadgets", "invited"),
+        ("hotels", "member"),
+    ]
+    members.check_coordinator("c")
+    assert members.served() is None, "`serve` writes it when it starts"
+    members.note_served("a:7700", "a:7701")
+    members.admit(replace(PEER, serial="b"), before="a")
+    members.close()
+    again = Members(FileRows(path))
+    again.check(PEER)
+    assert again.served() == ("a:7700", "a:7701")
+    again.close()
 
 
 # -- the folder ------------------------------------------------------------------------------------
@@ -241,3 +158,9 @@ def test_a_folder_is_one_runs_and_not_begun_anew(tmp_path: Path) -> None:
     (folder / "authority.pem").write_bytes(b"damaged")
     with pytest.raises(ConfigError, match="restore it from a copy"):
         Admission.open(folder, RUN)
+
+
+def test_a_database_of_members_has_a_databases_address() -> None:
+    config = config_of(service={"members": "members.db"})
+    with pytest.raises(ConfigError, match=r"service\.members = 'members\.db' is no database"):
+        identity_cli.opened(config, Path("run.toml"), None)
