@@ -220,7 +220,7 @@ PAGE: Final = """# A page
 | accuracy | .919 ± .003, 16,384 bytes and 142 MB | [results](first_order.json) |
 | its other row | .903 | same |
 
-Measured ([results](demo.json)):
+Measured ([results](run.json)):
 
 - 30 rounds in 40.0 s, `0.123` in code
 
@@ -244,8 +244,9 @@ Nothing is measured here, at K = 4,096 and after 5 s.
 def test_the_check_can_fail(tmp_path: Path, right: str, wrong: str) -> None:
     folder = tmp_path / "results"
     folder.mkdir()
-    for name in ("first_order.json", "first_order.md", "demo.json", "late_join.json"):
+    for name in ("first_order.json", "first_order.md", "late_join.json"):
         (folder / name).write_bytes((RESULTS / name).read_bytes())
+    (folder / "run.json").write_text('{"rounds": 30, "seconds": 40.0}')
     text = re.sub(r"\((\w+\.json)\)", r"(results/\1)", PAGE)
     page = tmp_path / "page.md"
     page.write_text(text, encoding="utf-8")
