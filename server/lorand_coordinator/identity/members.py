@@ -6,13 +6,17 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Final, NamedTuple, Self
 
 from cryptography import x509
 
 from lorand.credentials import Role, Subject, check_name
 from lorand.errors import ConfigError, HandshakeError
 from lorand_coordinator.identity.rows import Execute, Rows, insert, row_of, rows_of
+
+Clock = Callable[[], float]
+WALL: Final[Clock] = time.time
+"""Seconds since the epoch by this machine's clock."""
 
 
 class NoCoordinator(HandshakeError):
@@ -61,7 +65,7 @@ class Members:
     Every method raises StoreUnavailable when the rows cannot be read or written.
     """
 
-    def __init__(self, rows: Rows, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, rows: Rows, clock: Clock = WALL) -> None:
         """Keep them there. `clock` is seconds since the epoch."""
         self._rows, self._run, self.clock = rows, rows.run, clock
         self._version = rows.version()

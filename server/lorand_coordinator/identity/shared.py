@@ -4,7 +4,6 @@ Each coordinator keeps what it read of them in memory, where every call is looke
 a second whether there was a write (`Access.watch`). A call that would be refused asks first.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,15 @@ from typing import Final
 
 from lorand.errors import ConfigError, HandshakeError
 from lorand_coordinator import postgres
-from lorand_coordinator.identity.members import Member, Members, Peer, judge, judge_coordinator
+from lorand_coordinator.identity.members import (
+    WALL,
+    Clock,
+    Member,
+    Members,
+    Peer,
+    judge,
+    judge_coordinator,
+)
 from lorand_coordinator.identity.rows import TABLES, Cursor, Execute, FileRows, insert, rows_of
 
 # First in each transaction that writes: others wait for the row, and see another version then.
@@ -109,7 +116,7 @@ def _executing(connection: postgres.Connection) -> Execute:
 class SharedMembers(Members):
     """Members in a database. Who may call is answered from memory, a second old at most."""
 
-    def __init__(self, rows: DatabaseRows, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, rows: DatabaseRows, clock: Clock = WALL) -> None:
         """Read them. `clock` is seconds since the epoch."""
         super().__init__(rows, clock)
         self._known: dict[str, Member] = {}
