@@ -28,7 +28,8 @@ EXPERIMENT = record.Experiment(
     name="demo_runs",
     claim=__doc__.split("\n\n", maxsplit=1)[0],
     tuning="Settings were chosen on reviews held out of the training data: the second table has "
-    "all that were tried. 45 rounds were taken for 30 after ten seeds of those on the test reviews.",
+    "all that were tried. 45 rounds were taken for 30 after ten seeds of those on the test "
+    "reviews.",
 )
 
 
