@@ -22,7 +22,7 @@ from lorand_coordinator import signing, stating
 from lorand_coordinator.gate import Bounds, Gate
 from lorand_coordinator.hub import CatchUpFirst, Connection, Hub, NameInUse, log
 from lorand_coordinator.identity import access, enrolment
-from lorand_coordinator.identity.access import Access
+from lorand_coordinator.identity.access import REVOKED_WITHIN_S, Access
 from lorand_coordinator.identity.admission import Admission
 from lorand_coordinator.limits import Flow, TooMany
 from lorand_coordinator.sequencer import Message
@@ -339,8 +339,9 @@ async def serve(
         enrolment_service.add_EnrolmentServiceServicer_to_server(admission.service(), server)
         servers.append(enrolment.server(admission.service()))
         enrolment_port = bind(servers[1], enrol_at, admission.server_credentials(ask=False))
-        enrolled_at = admission.note_served(port, enrolment_port)
-        watches.append(admits.watch)
+        enrolled_at = admission.reached_at(enrolment_port)
+        note = partial(_noted, admission, port, enrolment_port)
+        watches.append(partial(_watch_members, admits, note, note()))
     for each in servers:
         await each.start()
     for name in ("", SERVED):
@@ -358,6 +359,24 @@ async def serve(
         for connection in list(hub.connections.values()):
             hub.drop(connection, "the coordinator is shutting down")
         await asyncio.gather(*(each.stop(hub.config.service.drain_s) for each in servers))
+
+
+def _noted(admission: Admission, port: int, enrolment_port: int) -> bool:
+    """Write down where members are served; return whether that could be done."""
+    try:
+        admission.note_served(port, enrolment_port)
+    except StoreUnavailable as error:  # members that are known are served all the same
+        log.error("where members enrol is not written down yet: %s", error)
+        return False
+    return True
+
+
+async def _watch_members(admits: Access, note: Callable[[], bool], noted: bool) -> None:
+    """Watch over open streams, once it is written down where members are served."""
+    while not noted:
+        await asyncio.sleep(REVOKED_WITHIN_S)
+        noted = note()
+    await admits.watch()
 
 
 def gated(config: RunConfig, admits: Access | None) -> grpc.aio.Server:

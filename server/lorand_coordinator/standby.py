@@ -190,8 +190,6 @@ async def _lead(sequencer: Sequencer, coordinator: Coordinator, until: asyncio.E
             admission=admission,
             enrol_at=enrolment_address(config),
         )
-    except StoreUnavailable as error:  # of the members, before anybody was let in
-        log.warning("%s", error)
     finally:
         over.set()
         if coordinator.monitor is not None:

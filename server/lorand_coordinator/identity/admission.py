@@ -172,13 +172,14 @@ class Admission:
         token = self.members.invite(name, role, hours)
         return Invitation(served[1], name, token, fingerprint(self.authority.certificate))
 
-    def note_served(self, port: int, enrolment_port: int) -> str:
-        """Remember the ports served; return the HOST:PORT at which new members enrol."""
+    def reached_at(self, port: int) -> str:
+        """Return the HOST:PORT at which members reach a port of this coordinator."""
         names = _names(self.folder / "server.pem")
-        host = self.host if self.host in names else names[0]
-        enrolment_address = transport.join(host, enrolment_port)
-        self.members.note_served(transport.join(host, port), enrolment_address)
-        return enrolment_address
+        return transport.join(self.host if self.host in names else names[0], port)
+
+    def note_served(self, port: int, enrolment_port: int) -> None:
+        """Remember the ports served, for invitations. Raises StoreUnavailable."""
+        self.members.note_served(self.reached_at(port), self.reached_at(enrolment_port))
 
     def access(self) -> Access:
         """Return what lets this run's members through."""

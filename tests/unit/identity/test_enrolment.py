@@ -1,6 +1,7 @@
 """Enrolment from both ends: who gets a certificate, and to whom a token is never sent."""
 
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding
+from tests.commands import wait_for
 from tests.unit.identity.office import LIMIT_S, RUN, Office, certified, get_run, opened
 
 from lorand import credentials
@@ -24,8 +26,32 @@ from lorand.invitation import Invitation
 from lorand.v1 import enrolment_pb2 as pb
 from lorand.v1 import enrolment_pb2_grpc as service
 from lorand_coordinator.identity.authority import Authority, requested_key
+from lorand_coordinator.identity.members import Members
+from lorand_coordinator.store import StoreUnavailable
 from lorand_worker import enrolment
 from lorand_worker.link import Link
+
+
+def test_members_are_served_before_it_is_written_down_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their database may be away just when a coordinator takes over."""
+    write, tried = Members.note_served, threading.Event()
+
+    def fails_once(members: Members, address: str, enrolment: str) -> None:
+        if not tried.is_set():
+            tried.set()
+            raise StoreUnavailable("the database is away")
+        write(members, address, enrolment)
+
+    monkeypatch.setattr(Members, "note_served", fails_once)
+    with opened(tmp_path / "identity") as office:
+        with credentials.channel(
+            office.address, Credentials.read(office.admission.folder / "operator.pem")
+        ) as channel:
+            get_run(channel)
+        wait_for(lambda: office.admission.members.served() is not None, "it is written down")
+        assert office.admission.invite("hotels", Role.WORKER, 1.0).address == office.enrolment
 
 
 def test_an_invitation_makes_a_member_and_is_spent(office: Office, tmp_path: Path) -> None:

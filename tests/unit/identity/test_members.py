@@ -116,7 +116,7 @@ def test_the_coordinator_is_certified_for_where_it_is_reached(tmp_path: Path) ->
     assert (admission.folder / "server.pem").read_bytes() == first, "nothing has changed"
     admission.certify("10.0.0.9:7700", [])
     assert names(admission)[:2] == ["10.0.0.9", "coordinator.example"]
-    assert admission.note_served(7700, 7701) == "10.0.0.9:7701"
+    assert admission.reached_at(7701) == "10.0.0.9:7701"
     assert admission.rotate([])[0] == "10.0.0.9"
     with pytest.raises(ConfigError, match="no host name"):
         admission.rotate(["no..host"])
