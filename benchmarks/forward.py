@@ -196,13 +196,7 @@ def main() -> None:
     """Measure and print."""
     options = quality.parser(__doc__).parse_args()
     shards, _ = uci_sentiment.shards_and_test(False)
-    uci = federation.subset(
-        Examples(
-            tuple(text for part in shards for text in part.texts),
-            tuple(label for part in shards for label in part.labels),
-        ),
-        range(2700),
-    )
+    uci = federation.subset(federation.pool(shards), range(2700))
     bank = banking77.read("train.csv")[0]
     bank = Examples(bank.texts, (0,) * len(bank))  # lengths count here, not labels
     base = base_of("all")

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from experiments import cells, federation, quick, tasks, uci_sentiment
+from experiments import cells, federation, quick, uci_sentiment
 from experiments.cells import Cell
 from experiments.federation import Bench, Federation, Point
 from lorand import codec
@@ -172,7 +172,7 @@ class Lab:
         loaded = model.load(config.model, 2, federation.minilm(), kind="classification")
         self._identity = model.identity(loaded, config, None, prepares=True)
         parts, test = uci_sentiment.shards_and_test(held_out=tuning)
-        self._train = _features(loaded, tasks.pool(parts))
+        self._train = _features(loaded, federation.pool(parts))
         self._test = _features(loaded, test)
 
     def run(self, config: RunConfig, split: str, attackers: Attackers, seed: int) -> list[Point]:

@@ -348,3 +348,11 @@ def shuffled_split(examples: Columns, share: float = 0.1) -> tuple[Columns, Colu
 def subset(examples: Columns, indices: Sequence[int]) -> Columns:
     """Return the examples at these indices."""
     return examples.only(indices)
+
+
+def pool(shards: Sequence[Examples]) -> Examples:
+    """Return the examples of all shards."""
+    return Examples(
+        tuple(text for shard in shards for text in shard.texts),
+        tuple(label for shard in shards for label in shard.labels),
+    )

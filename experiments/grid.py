@@ -175,7 +175,7 @@ def _peer(
     common: dict[str, Any] = {"labels": len(task.labels()), "learning_rate": rate, "seed": seed}
     model, rounds = ModelSection.model_validate(section), method.rounds
     if method.peer == "mezo":
-        pooled = tasks.pool(shards)
+        pooled = federation.pool(shards)
         common |= {"forwards": 2 * rounds, "evaluate_at": [2 * at for at in marks]}
         return baselines.mezo(model, pooled, scored, batch_size=method.batch, **common)
     common |= {"rounds": rounds, "batch_size": method.batch}

@@ -82,7 +82,7 @@ def lab(problem: str, held_out: bool) -> Lab:
 
     else:
         parts, test = uci_sentiment.shards_and_test(held_out)
-        pooled, labels = tasks.pool(parts), tasks.LABELS["uci"]
+        pooled, labels = federation.pool(parts), tasks.LABELS["uci"]
         cuts = np.array_split(np.arange(len(pooled)), WORKERS)
         dealt = [federation.subset(pooled, cut.tolist()) for cut in cuts]
 

@@ -203,7 +203,7 @@ def _for_opacus(row: Row, privacy: Privacy, choice: Choice) -> dp_sgd.Settings:
 
 
 def _by_opacus(task: tasks.Task, chosen: dp_sgd.Settings, privacy: Privacy, seed: int) -> Point:
-    shards = task.shards if privacy.noise == "each" else [tasks.pool(task.shards)]
+    shards = task.shards if privacy.noise == "each" else [federation.pool(task.shards)]
     parts = [_inputs(part) for part in (*shards, task.scored)]
     return Point(chosen.rounds, dp_sgd.train(parts[:-1], parts[-1], chosen, seed))
 

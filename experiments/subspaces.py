@@ -240,7 +240,7 @@ def _captured() -> dict[str, Any]:
     trainable = {spec.name for spec in identity.manifest.tensors}
     device = torch.device("cpu")
     task = tasks_of_a_model.build(
-        loaded, config, tasks.pool(shards), trainable=trainable, device=device
+        loaded, config, federation.pool(shards), trainable=trainable, device=device
     )
     rows = np.random.default_rng(0).permutation(len(task)).tolist()
     head: Any = loaded.module.head

@@ -33,7 +33,7 @@ def load(name: str, *, workers: int, seed: int, held_out: bool) -> Task:
     if name == "uci":
         shards, test = uci_sentiment.shards_and_test(held_out)
         if workers == 1:
-            shards = [pool(shards)]
+            shards = [federation.pool(shards)]
         assert len(shards) == workers, "UCI has three domains"
         return Task(shards, _first(test))
     train, test = federation.shuffled_split(_lines(name))
@@ -42,14 +42,6 @@ def load(name: str, *, workers: int, seed: int, held_out: bool) -> Task:
     order = np.random.default_rng(1000 + seed).permutation(len(train))
     parts = np.array_split(order, workers)
     return Task([federation.subset(train, part.tolist()) for part in parts], _first(test))
-
-
-def pool(shards: Sequence[Examples]) -> Examples:
-    """Return the examples of all shards."""
-    return Examples(
-        tuple(text for shard in shards for text in shard.texts),
-        tuple(label for shard in shards for label in shard.labels),
-    )
 
 
 def _first(examples: Examples) -> Examples:

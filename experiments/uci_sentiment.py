@@ -49,11 +49,7 @@ def shards_and_test(held_out: bool) -> tuple[list[Examples], Examples]:
             train, test = federation.shuffled_split(train)
         shards.append(train)
         rest.append(test)
-    pooled = Examples(
-        tuple(text for part in rest for text in part.texts),
-        tuple(label for part in rest for label in part.labels),
-    )
-    return shards, pooled
+    return shards, federation.pool(rest)
 
 
 def settings(kind: str, options: argparse.Namespace) -> RunConfig:

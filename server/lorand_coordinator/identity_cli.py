@@ -81,18 +81,21 @@ def check_addresses(config: RunConfig, insecure: bool, advertised: str = "") -> 
 def admission(config: RunConfig, run: Path, given: Path | None, host_names: list[str]) -> Admission:
     """Return who is let into a run that is to be served. Raises ConfigError."""
     place, name = folder(config, run, given), config.run.name
-    made = Admission.create_or_open(place, name, _members(config))
+    made = Admission.create_or_open(place, name, members_at(config))
     made.certify(config.service.address, host_names)
     return made
 
 
 def opened(config: RunConfig, run: Path, given: Path | None) -> Admission:
     """Return who is let into a run that was served. Raises ConfigError, StoreUnavailable."""
-    return Admission.open(folder(config, run, given), config.run.name, _members(config))
+    return Admission.open(folder(config, run, given), config.run.name, members_at(config))
 
 
-def _members(config: RunConfig) -> str:
-    """Return the URL of the database with a run's members; empty: they are in its folder."""
+def members_at(config: RunConfig) -> str:
+    """Return the URL of the database with a run's members; empty: they are in its folder.
+
+    Raises ConfigError when it is something else.
+    """
     url = config.service.members
     if url and not ledgers.in_database(url):
         raise ConfigError(

@@ -226,6 +226,9 @@ def admission(planned: Planned) -> Finding | None:
             f"{folder} will be made when the run is served; then invite {planned.expected} "
             "workers or more (`lr-coordinator invite NAME`)"
         )
+    if identity_cli.members_at(planned.config):
+        ledgers.check_installed()
+        return ok(f"{folder} is there, its members in a database: serve says whether it is reached")
     found = identity_cli.opened(planned.config, planned.run, planned.identity_dir)
     try:
         workers = [each for each in found.members.listed() if each.role == Role.WORKER]

@@ -30,6 +30,7 @@ from tests.unit.identity.office import certified
 
 from lorand.credentials import Credentials, Role, Subject
 from lorand.heads import KeptHead
+from lorand.v1 import status_pb2 as pb
 from lorand_coordinator import signing, verification
 from lorand_coordinator.identity.admission import Admission
 from lorand_coordinator.identity.members import Peer
@@ -49,6 +50,12 @@ def settings(rounds: int, **service: Any) -> tiny.Settings:
         rounds={"deadline_s": 2.0},
         service={"checkpoint_every": 7, "tail_entries": 40, **service},
     )
+
+
+def led_by(address: str, shown: Credentials | None = None) -> pb.GetStatusResponse | None:
+    """Return the status of a run from the coordinator that leads it; None: this one does not."""
+    answer = status(address, shown)
+    return None if answer is None or answer.phase == "standing by" else answer
 
 
 class Several:
@@ -121,8 +128,8 @@ class Several:
     def look(self) -> int:
         """Return the committed rounds, and keep the head that was shown; -1 without a leader."""
         for address in self.addresses:
-            answer = status(address, self.shown)
-            if answer is not None and answer.phase != "standing by":
+            answer = led_by(address, self.shown)
+            if answer is not None:
                 if answer.entries:
                     self.seen.saw(answer.entries, answer.head.hex())
                 if self.leaders[-1:] != [address]:
@@ -194,10 +201,8 @@ def pause(several: Several, leader: str, committed: int = 0) -> None:
     others = [address for address in several.addresses if address != leader]
 
     def leads(address: str) -> bool:
-        answer = status(address)
-        if answer is None or answer.phase == "standing by":
-            return False
-        return answer.committed >= committed
+        answer = led_by(address)
+        return answer is not None and answer.committed >= committed
 
     try:
         wait_for(
@@ -312,6 +317,8 @@ def test_members_in_the_database_are_invited_and_revoked_on_any_machine(
     one, two = (room.folder / name for name in ("one", "two"))
     addresses = [f"127.0.0.1:{free_port()}" for _ in range(2)]
 
+    through = ("lr-coordinator", "health", addresses[1], "--through")
+
     def serve(address: str, folder: Path) -> Command:
         at = ("--ledger", postgres.url, "--address", address, "--identity-dir", folder)
         return room.start("lr-coordinator", "serve", room.run, *at, "--json")
@@ -326,42 +333,30 @@ def test_members_in_the_database_are_invited_and_revoked_on_any_machine(
         with serve(addresses[0], one) as leader:
             wait_for(lambda: (one / "operator.pem").exists(), "it has begun")
             operator = Credentials.read(one / "operator.pem")
-            wait_for(lambda: leads(addresses[0], operator), "it leads")
+            wait_for(lambda: led_by(addresses[0], operator) is not None, "it leads")
             two.mkdir()
             shutil.copy(one / "authority.pem", two)
             with serve(addresses[1], two):
-                through = (
-                    "lr-coordinator",
-                    "health",
-                    addresses[1],
-                    "--through",
-                    *("--credentials",),
-                )
+                operators = ("--credentials", two / "operator.pem")
                 wait_for(lambda: (two / "operator.pem").exists(), "it has begun")
                 operator = Credentials.read(two / "operator.pem")
                 wait_for(lambda: status(addresses[1], operator) is not None, "it stands by")
                 shown = enrol("hotels", two)
                 with room.join(addresses[1], "hotels", *shown) as hotels:
                     wait_for(lambda: committed(addresses[0], operator) >= 3, "it takes part")
-                    assert room.once(*through, two / "operator.pem") == {"serving": True}
+                    assert room.once(*through, *operators) == {"serving": True}
                     began = time.monotonic()
                     room.once("lr-coordinator", "revoke", "hotels", "--identity-dir", two)
                     assert hotels.end()[0] == 5
                     assert time.monotonic() - began < 10.0, "the command's own start-up included"
                     assert "the membership of 'hotels' was revoked" in hotels.errors()
                 leader.kill()
-                wait_for(lambda: leads(addresses[1], operator), "the other leads")
+                wait_for(lambda: led_by(addresses[1], operator) is not None, "the other leads")
                 before = committed(addresses[1], operator)
                 with room.join(addresses[1], "gadgets", *enrol("gadgets", one)):
                     wait_for(lambda: committed(addresses[1], operator) > before, "it goes on")
     finally:
         postgres.execute("DROP SCHEMA IF EXISTS lorand CASCADE")
-
-
-def leads(address: str, shown: Credentials) -> bool:
-    """Whether a coordinator leads, as an operator sees it."""
-    answer = status(address, shown)
-    return answer is not None and answer.phase != "standing by"
 
 
 def test_a_run_outlives_its_leaders_and_its_database(

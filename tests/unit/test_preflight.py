@@ -179,6 +179,13 @@ def test_members(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) ->
     made.invite("two", Role.WORKER, 1.0)
     made.close()
     assert one(run, "members")[0] == Level.OK
+    run = write(service={"members": "postgresql://nowhere.invalid/lorand"})
+    assert one(run, "members") == (
+        Level.OK,
+        f"{folder} is there, its members in a database: serve says whether it is reached",
+    )
+    assert one(write(service={"members": "members.db"}), "members")[0] == Level.FAILED
+    run = write()
     (folder / "authority.pem").write_text("no key")
     assert one(run, "members")[0] == Level.FAILED
     shutil.rmtree(folder)

@@ -39,7 +39,6 @@ def test_a_second_machine_needs_the_authority_alone(tmp_path: Path, url: str) ->
     assert not (tmp_path / "one" / "members.db").exists()
     with pytest.raises(ConfigError, match=r"have an authority already: copy authority\.pem"):
         Admission.create_or_open(tmp_path / "two", RUN, url)
-    (tmp_path / "two").mkdir(exist_ok=True)
     shutil.copy(tmp_path / "one" / "authority.pem", tmp_path / "two")
     two = Admission.create_or_open(tmp_path / "two", RUN, url)
     two.certify("127.0.0.1:7700", ["a.example", "b.example"])
